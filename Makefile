@@ -1,0 +1,50 @@
+# The one door to the project. `make help` says what there is; every target sets up what it needs.
+SHELL := /bin/bash
+UV_VERSION := 0.13.9
+VENV := .venv
+BOOT := .cache/uv-$(UV_VERSION)
+UV := $(BOOT)/bin/uv
+RUN := $(VENV)/bin
+SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
+.DEFAULT_GOAL := help
+.PHONY: help setup check audit test up bench kills clean
+
+help: ## what can be made
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(UV):
+	python3 -m venv $(BOOT)
+	$(BOOT)/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.synced: $(UV) pyproject.toml uv.lock $(wildcard */pyproject.toml)
+	UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --quiet
+	@touch $@
+
+setup: $(VENV)/.synced ## make .venv with everything (needs Python 3.11 and PyPI only)
+
+check: setup ## ruff, mypy strict, pyright strict, import-linter, tidy, dependency audit
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy $(SOURCES) tests
+	$(RUN)/pyright
+	$(RUN)/lint-imports --no-cache
+	$(RUN)/pytest -q tests/test_tidy.py
+	@$(MAKE) --no-print-directory audit
+
+audit: setup ## known vulnerabilities in the locked dependencies (says so when the data cannot be reached)
+	@bash tests/support/audit.sh $(UV) $(RUN)
+
+test: setup ## everything that runs without root
+	$(RUN)/pytest -q
+
+kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
+	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
+
+bench: setup ## closed-loop numbers of this machine: append and end to end
+	$(RUN)/fleetlm bench append && $(RUN)/fleetlm bench e2e
+
+up: setup ## three shards, a gateway and a controller on this machine; Ctrl-C stops them
+	$(RUN)/fleetlm up
+
+clean: ## remove the environment and caches (never data)
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
