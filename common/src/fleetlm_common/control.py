@@ -1,0 +1,94 @@
+"""The control plane as shards, gateways and controllers see it: one small interface, files now, Kubernetes next.
+
+Promise: the ring map changes only by compare-and-swap on its epoch; `watch` never shows an epoch lower than one it has
+shown; when the control plane is away nothing raises in a watcher: the last good copy stays, only changes wait.
+Must not be done here: planning, or deciding who is alive (nobody decides that; see design §6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+import msgspec
+
+from fleetlm_common.ids import Epoch, ShardName, Term
+from fleetlm_common.ring import RingMap
+
+
+class ControlPlaneUnavailable(Exception):
+    """The control plane did not answer; the last good copy stays in use."""
+
+
+class MapConflict(Exception):
+    """Somebody else changed the map first; read again and decide anew."""
+
+    def __init__(self, *, expected: Epoch | None, found: Epoch | None) -> None:
+        super().__init__(f"expected epoch {expected}, found {found}")
+        self.expected = expected
+        self.found = found
+
+
+class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What people asked for: the ring's name for life, its slots (fixed for life) and how many shards."""
+
+    uid: str
+    slots: int
+    shards: int
+
+
+class ShardEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a shard is and which volume it holds; said by the shard itself after it took its volume."""
+
+    name: ShardName
+    volume_id: str
+    term: Term
+    host: str
+    port: int
+    ops_url: str
+    ready: bool = False
+
+
+class View(msgspec.Struct, frozen=True):
+    """One consistent look: the ring map is None until a controller made the first."""
+
+    spec: RingSpec
+    map: RingMap | None
+    shards: Mapping[ShardName, ShardEndpoint]
+
+
+class ControlPlane(Protocol):
+    """What components ask of the control plane."""
+
+    async def read(self) -> View:
+        """A live read (on Kubernetes a quorum read).
+
+        Raises:
+            ControlPlaneUnavailable: nobody answered.
+        """
+        ...
+
+    def watch(self) -> AsyncIterator[View]:
+        """The view now, then each newer one; ends only by cancellation. Cancel-safe."""
+        ...
+
+    async def announce(self, endpoint: ShardEndpoint) -> None:
+        """Say where this shard is; a later term replaces an earlier one, never the other way round.
+
+        Raises:
+            ControlPlaneUnavailable: nobody answered; the caller tries again.
+        """
+        ...
+
+    async def compare_and_swap(self, *, expected: Epoch | None, new: RingMap) -> None:
+        """Replace the map if its epoch is still `expected` (None: there is no map yet); `new.epoch` is one more.
+
+        Raises:
+            MapConflict: it is not.
+            ControlPlaneUnavailable: the outcome is unknown; read again.
+        """
+        ...
+
+    async def report(self, sentence: str) -> None:
+        """Leave the controller's one sentence of what it did where people look (status)."""
+        ...

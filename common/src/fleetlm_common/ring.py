@@ -1,0 +1,144 @@
+"""The ring map: which shard owns which slots at which epoch, and the moves in flight.
+
+Promise: a `RingMap` that exists is whole: its ranges cover each slot exactly once, in order, owned by members.
+Must not be done here: storing, watching (`control.py`) or planning (the controller).
+"""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+from typing import Final, Literal
+
+import msgspec
+
+from fleetlm_common.ids import Epoch, ShardName, Slot
+from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
+
+MAP_FORMAT: Final = 1
+SHARDS_MAX: Final = 256
+"""Members of one ring: the map stays one small object."""
+MOVES_MAX: Final = 64
+"""Moves in flight at once."""
+
+
+class SlotRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Slots `first` to `last` (inclusive), owned by `owner` since the map of `epoch`.
+
+    The number that fences that owner.
+    """
+
+    first: Slot
+    last: Slot
+    owner: ShardName
+    epoch: Epoch
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A shard that owns or may own slots, bound to the volume that it had when it joined.
+
+    A shard whose volume has another id has lost its data and must refuse to serve (`VolumeLost`).
+    """
+
+    name: ShardName
+    volume_id: str
+
+
+class Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A handoff of slots in flight (written before it is acted on)."""
+
+    id: str
+    slots: tuple[Slot, ...]
+    source: ShardName
+    target: ShardName
+    state: Literal["Copying", "Sealing"]
+    epoch: Epoch
+
+
+class RingMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who owns what.
+
+    `uid` names the ring for life, `slots` is fixed for life, `epoch` grows by one with each change.
+    """
+
+    uid: str
+    slots: int
+    epoch: Epoch
+    members: tuple[Member, ...]
+    ranges: tuple[SlotRange, ...]
+    moves: tuple[Move, ...] = ()
+    format: int = MAP_FORMAT
+
+    def __post_init__(self) -> None:
+        """Refuse a map that is not whole."""
+        _check(self)
+
+    def owner_of(self, slot: Slot) -> SlotRange:
+        """The range that holds `slot` (a linear look: tables for hot paths come from `owners`)."""
+        for found in self.ranges:
+            if found.first <= slot <= found.last:
+                return found
+        raise ValueError(f"slot {slot} is not one of {self.slots}")
+
+    def owners(self) -> list[SlotRange]:
+        """The range of each slot, indexed by slot."""
+        return [found for found in self.ranges for _ in range(found.first, found.last + 1)]
+
+    def slots_of(self, shard: ShardName) -> dict[Slot, Epoch]:
+        """The slots that `shard` owns, with the epoch at which it got each."""
+        return {
+            Slot(slot): found.epoch
+            for found in self.ranges
+            if found.owner == shard
+            for slot in range(found.first, found.last + 1)
+        }
+
+    def member(self, shard: ShardName) -> Member | None:
+        """The member of that name, if it is one."""
+        return next((member for member in self.members if member.name == shard), None)
+
+
+def _check(ring: RingMap) -> None:
+    """Raise ValueError with the first thing that is wrong."""
+    names = [member.name for member in ring.members]
+    ranges = ring.ranges
+    rules = (
+        (ring.format == MAP_FORMAT, f"ring map of format {ring.format}, this build reads {MAP_FORMAT}"),
+        (SLOTS_MIN <= ring.slots <= SLOTS_MAX, f"{ring.slots} slots; a ring has {SLOTS_MIN} to {SLOTS_MAX}"),
+        (ring.epoch >= 1, "epochs begin at 1"),
+        (len(set(names)) == len(names) <= SHARDS_MAX, f"members must be at most {SHARDS_MAX} different names"),
+        (bool(ranges) and ranges[0].first == 0 and ranges[-1].last == ring.slots - 1, "ranges must cover every slot"),
+        (all(found.first <= found.last for found in ranges), "a range ends before it begins"),
+        (
+            all(one.last + 1 == two.first for one, two in pairwise(ranges)),
+            "ranges must neither overlap nor leave a hole",
+        ),
+        (all(found.owner in names for found in ranges), "a range is owned by no member"),
+        (all(found.epoch <= ring.epoch for found in ranges), "a range is newer than its map"),
+        (len(ring.moves) <= MOVES_MAX, f"more than {MOVES_MAX} moves in flight"),
+    )
+    for holds, complaint in rules:
+        if not holds:
+            raise ValueError(complaint)
+
+
+def ranges_from(owners: list[tuple[ShardName, Epoch]]) -> tuple[SlotRange, ...]:
+    """Fold a table of (owner, epoch) indexed by slot into ranges, neighbours that agree joined."""
+    ranges: list[SlotRange] = []
+    for (owner, epoch), slots in groupby(range(len(owners)), key=lambda slot: owners[slot]):
+        found = list(slots)
+        ranges.append(SlotRange(Slot(found[0]), Slot(found[-1]), owner, epoch))
+    return tuple(ranges)
+
+
+def encode(ring: RingMap) -> bytes:
+    """The map as JSON, for files and for people."""
+    return msgspec.json.encode(ring)
+
+
+def decode(data: bytes) -> RingMap:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: not a whole map; says why (msgspec's ValidationError is one).
+    """
+    return msgspec.json.decode(data, type=RingMap)

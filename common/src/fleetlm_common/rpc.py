@@ -1,0 +1,294 @@
+"""What gateway and shard say to each other, over the frames of `wire.py`; payloads are msgpack arrays.
+
+The connection begins with HELLO and WELCOME (or ERROR and close). Then the gateway sends requests with ids of its own,
+and each is answered once, on its id, by the reply named beside it, by MOVED or by ERROR. A SUBSCRIBE's id names the
+subscription: after its SUBSCRIBED come PUSH and PUSH_READ frames on that id until ENDED, UNSUBSCRIBE or the end of the
+connection.
+
+    APPEND → APPENDED   READ → PAGE   INFO → INFO_OK   SUBSCRIBE → SUBSCRIBED   MARK_READ → MARKED
+    CREATE → CREATED    LIST → LISTED   PING → PONG    UNSUBSCRIBE (no reply)   GOAWAY (from the shard: it is leaving)
+
+Promise: an answer about a session was true after sync and after a look at the volume's term (design §6, "Fence").
+Must not be done here: anything that knows sockets or files.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import msgspec
+
+from fleetlm_common.errors import ErrorBody
+
+PROTOCOL: Final = 1
+"""Both sides must say the same number; a change that an older peer misreads needs a new one."""
+
+
+class Kind(IntEnum):
+    """First byte of a frame after its length."""
+
+    HELLO = 1
+    WELCOME = 2
+    ERROR = 3
+    MOVED = 4
+    PING = 5
+    PONG = 6
+    GOAWAY = 7
+    APPEND = 10
+    APPENDED = 11
+    READ = 12
+    PAGE = 13
+    INFO = 14
+    INFO_OK = 15
+    SUBSCRIBE = 16
+    SUBSCRIBED = 17
+    UNSUBSCRIBE = 18
+    PUSH = 19
+    PUSH_READ = 20
+    ENDED = 21
+    MARK_READ = 22
+    MARKED = 23
+    CREATE = 24
+    CREATED = 25
+    LIST = 26
+    LISTED = 27
+
+
+class _Payload(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of payloads: arrays on the wire, so that fields may be added at the end with a default."""
+
+
+class Hello(_Payload, frozen=True):
+    """First frame of a gateway. `volume_id` is the member's in the gateway's map: another one means another shard."""
+
+    protocol: int
+    ring_uid: str
+    shard: str
+    volume_id: str
+    gateway: str
+    credential: bytes
+    epoch: int
+
+
+class Welcome(_Payload, frozen=True):
+    """The shard's answer: its boot's term and its map's epoch."""
+
+    protocol: int
+    shard: str
+    term: int
+    epoch: int
+
+
+class MovedBody(_Payload, frozen=True):
+    """Ask `owner`; the map that says so has `epoch`."""
+
+    owner: str
+    epoch: int
+
+
+class Draft(_Payload, frozen=True):
+    """A message to be: its key and its JSON fragment.
+
+    `fragment` is `"sender_id":…,"sender_kind":…,"kind":…,"content":…,"metadata":…` without braces, checked by the
+    gateway; the shard puts id, session, seq and time before it. What must be equal for a dedupe is exactly what this
+    fragment says.
+    """
+
+    key: str
+    fragment: bytes
+
+
+class Entry(_Payload, frozen=True):
+    """One client's append: all of its drafts or none. `expected_seq` is checked after the keys."""
+
+    drafts: list[Draft]
+    expected_seq: int | None = None
+
+
+class Append(_Payload, frozen=True):
+    """What arrived at a gateway for one session while its last append was under way, in order."""
+
+    epoch: int
+    session: str
+    entries: list[Entry]
+
+
+class Ack(_Payload, frozen=True):
+    """One message is on disk."""
+
+    seq: int
+    id: str
+    inserted_at: str
+    deduped: bool
+
+
+class EntryResult(_Payload, frozen=True):
+    """The answer to one entry.
+
+    Acks, one a draft, or an error. After a TRY_AGAIN in an entry all later entries have one too.
+    """
+
+    acks: list[Ack]
+    error: ErrorBody | None = None
+
+
+class Appended(_Payload, frozen=True):
+    """Results in the order of the entries."""
+
+    results: list[EntryResult]
+
+
+class Read(_Payload, frozen=True):
+    """Messages after `after`, or before `before`, or the last `tail`; exactly one is given. Ascending in every case."""
+
+    epoch: int
+    session: str
+    limit: int
+    after: int | None = None
+    before: int | None = None
+    tail: int | None = None
+
+
+class Gap(_Payload, frozen=True):
+    """Messages that this ring does not hold any more.
+
+    `from_seq` is the first missing, `next_seq` the first that follows.
+    """
+
+    reason: str
+    from_seq: int
+    next_seq: int
+    earliest_seq: int
+    last_seq: int
+
+
+class Page(_Payload, frozen=True):
+    """Messages (JSON, ready for clients) with contiguous seqs from `first_seq`; a gap stands before them.
+
+    `has_more`: for `after` there are later ones up to `last_seq`; for `before` and `tail` earlier ones.
+    A page that meets a gap after some messages ends before it: the next page begins with the gap.
+    """
+
+    first_seq: int
+    messages: list[bytes]
+    has_more: bool
+    last_seq: int
+    earliest_seq: int
+    gap: Gap | None = None
+
+
+class Info(_Payload, frozen=True):
+    """Ask about a session; a `cursor` beyond its `last_seq` is answered by ERROR INVALID `cursor_ahead`."""
+
+    epoch: int
+    session: str
+    cursor: int | None = None
+
+
+class InfoOk(_Payload, frozen=True):
+    """A session as it is; one that was never written to has `exists=False`, `last_seq` 0 and `earliest_seq` 1."""
+
+    exists: bool
+    last_seq: int
+    earliest_seq: int
+    inserted_at: str
+    metadata: bytes
+    epoch: int
+
+
+class Subscribe(_Payload, frozen=True):
+    """Push what comes after `after` (None: after the session's `last_seq` now)."""
+
+    epoch: int
+    session: str
+    after: int | None = None
+
+
+class Subscribed(_Payload, frozen=True):
+    """The subscription stands.
+
+    Pushes begin at `start_seq` + 1 and are contiguous; `start_seq` > `after` means: replay the rest first.
+    """
+
+    start_seq: int
+    last_seq: int
+
+
+class Push(_Payload, frozen=True):
+    """`count` messages from `first_seq`, as JSON joined by commas."""
+
+    first_seq: int
+    count: int
+    body: bytes
+
+
+class PushRead(_Payload, frozen=True):
+    """A participant's read cursor moved."""
+
+    participant: str
+    last_read_seq: int
+
+
+class Ended(_Payload, frozen=True):
+    """The subscription is over.
+
+    `moved` (with owner and epoch), `draining`, or `overflow` (this gateway does not read fast enough).
+    """
+
+    reason: str
+    owner: str
+    epoch: int
+
+
+class MarkRead(_Payload, frozen=True):
+    """Set a participant's read cursor; it never goes back."""
+
+    epoch: int
+    session: str
+    participant: str
+    seq: int
+
+
+class Marked(_Payload, frozen=True):
+    """The read cursor as it is now, on disk."""
+
+    last_read_seq: int
+
+
+class Create(_Payload, frozen=True):
+    """Make a session that has no messages yet; `metadata` is a JSON object. The same metadata again is no error."""
+
+    epoch: int
+    session: str
+    metadata: bytes
+
+
+class Created(_Payload, frozen=True):
+    """`created` is False when the session existed with the same metadata."""
+
+    created: bool
+    info: InfoOk
+
+
+class List(_Payload, frozen=True):
+    """Sessions of this shard in the order of their ids (UTF-8 bytes), after `after` ("" from the first)."""
+
+    after: str
+    limit: int
+
+
+class Listed(_Payload, frozen=True):
+    """Session ids with what INFO says of each."""
+
+    sessions: list[tuple[str, InfoOk]]
+
+
+class Goaway(_Payload, frozen=True):
+    """The shard is leaving: send what is new elsewhere or later."""
+
+    reason: str
+
+
+encode = msgspec.msgpack.Encoder().encode
+"""Payload to bytes."""
