@@ -1,0 +1,1 @@
+"""The tests of FleetLM: one folder a component, real processes in integration, shared parts in support."""
