@@ -1,0 +1,1 @@
+"""What tests share: simulated disk, fixtures, fakes of what lies outside the project."""
