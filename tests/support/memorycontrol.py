@@ -1,6 +1,6 @@
 """The control plane in memory, with the semantics of `filecontrol`, for tests of parts and for the simulator.
 
-Promise: as the interface says; `away` makes every call raise and silences watchers, as a control plane that is gone does.
+Promise: as the interface says; `away` makes every call raise and silences watchers, like a control plane that is gone.
 """
 
 from __future__ import annotations
