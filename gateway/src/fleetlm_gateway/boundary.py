@@ -4,7 +4,7 @@ Promise: both doors to clients use exactly these operations. Each answers once: 
 one deadline (`REQUEST_DEADLINE_S`) bounds each, retries included. A `TryAgain` leaves the outcome unknown: the same
 keys make a retry safe. A `Subscription` is contiguous from where it started, or says a `Gap`; it never goes silent.
 Must not be done here: parsing what clients send, making keys, limits of clients, authentication (the outer half),
-and how shards are reached (`router.py`, `shardlink.py`), how order is kept (`lanes.py`), how streams run (`streams.py`).
+how shards are reached (`router.py`, `shardlink.py`), how order is kept (`lanes.py`), how streams run (`streams.py`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S: Final = 3.0
 PING_EVERY_S: Final = 1.0
 SILENT_TICKS_MAX: Final = 4
 """Ticks without one byte from the shard before it counts as gone: longer than a slow disk's worst sync, shorter than a
-request's deadline. Counted in ticks of this process, so that a process that was itself frozen first reads, then judges."""
+request's deadline. Counted in ticks of this process: one that was itself frozen first reads, then judges."""
 GOAWAY_TICKS_MAX: Final = 5
 """Ticks that a leaving shard gets for what is in flight before this side closes."""
 BACKOFF_MIN_S: Final = 0.02
@@ -292,7 +292,8 @@ class ShardLink:
             epoch=self._epoch(),
         )
         wire.send(Kind.HELLO, 0, rpc.encode(hello))
-        await asyncio.wait({handshake, lost}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {handshake, lost}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not handshake.done():
             raise _Refused("the connection ended during the handshake")
         welcome = handshake.result()
