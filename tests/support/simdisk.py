@@ -143,7 +143,6 @@ class SimVolume:
         self._names: dict[str, str] = {}
         self._durable_names: dict[str, str] = {}
         self._pending: dict[str, list[str | None]] = {}
-        self._doomed_names: set[str] = set()
         self._open: dict[tuple[str, int], str] = {}
         self._dead: set[str] = set()
         self._counts: dict[str, int] = {}
@@ -226,7 +225,6 @@ class SimVolume:
                     if Entry(path, version) in loss.keep:
                         self._set_durable(path, value)
             self._pending.clear()
-            self._doomed_names.clear()
             lost = [path for path in self._durable_names if not self._folder_is_durable(_parent(path))]
             for path in lost:
                 del self._durable_names[path]
@@ -266,7 +264,6 @@ class SimVolume:
             twin._names = dict(self._names)
             twin._durable_names = dict(self._durable_names)
             twin._pending = {path: list(versions) for path, versions in self._pending.items()}
-            twin._doomed_names = set(self._doomed_names)
             twin._open = dict(self._open)
             twin._dead = set(self._dead)
             twin._counts = dict(self._counts)
@@ -287,8 +284,7 @@ class SimVolume:
         )
         names = frozenset(self._names.items()), frozenset(self._durable_names.items())
         pending = frozenset((path, tuple(versions)) for path, versions in self._pending.items())
-        rest = frozenset(self._doomed_names), frozenset(self._open.items()), frozenset(self._dead), self.read_only
-        return inodes, names, pending, rest
+        return inodes, names, pending, frozenset(self._open.items()), frozenset(self._dead), self.read_only
 
     # ---- for SimDisk and SimFile: the kernel
 
@@ -331,14 +327,10 @@ class SimVolume:
         self._change(path, None)
 
     def sync_names(self, folder: str) -> None:
-        """Make the names in `folder` durable, but for those that a failed sync has lost sight of."""
-        for path in [path for path in self._pending if _parent(path) == folder and path not in self._doomed_names]:
+        """Make the names in `folder` durable."""
+        for path in [path for path in self._pending if _parent(path) == folder]:
             for value in self._pending.pop(path):
                 self._set_durable(path, value)
-
-    def fail_sync_names(self, folder: str) -> None:
-        """The sync failed: no later one makes these names durable."""
-        self._doomed_names.update(path for path in self._pending if _parent(path) == folder)
 
     def names_in(self, folder: str) -> list[str]:
         """The names in `folder`, sorted."""
@@ -381,7 +373,6 @@ class SimVolume:
 
     def _change(self, path: str, value: str | None) -> None:
         self._pending.setdefault(path, []).append(value)
-        self._doomed_names.discard(path)
 
     def _set_durable(self, path: str, value: str | None) -> None:
         if value is None:
@@ -556,13 +547,8 @@ class SimDisk:
                 self.volume.add_name(folder, _FOLDER)
 
     def sync_folder(self, folder: str) -> None:
-        """Fsync of a folder; after a failed one no later one helps these names."""
-        try:
-            self.volume.step(self.name, "sync_folder", folder)
-        except OSError:
-            with self.volume.guard:
-                self.volume.fail_sync_names(folder)
-            raise
+        """Fsync of a folder; a failed one changes nothing (names are journalled: they are not forgotten in silence)."""
+        self.volume.step(self.name, "sync_folder", folder)
         with self.volume.guard:
             self.volume.sync_names(folder)
 
