@@ -1,0 +1,126 @@
+"""The loop: observe everything, plan, at most one compare-and-swap, say one sentence.
+
+Promise: level-triggered: a step uses a fresh look and nothing from the step before, so that a missed event, a crash
+between any two lines or another controller at the same ring do no harm. A sentence is said (log, status) when it is
+another one than before. Must not be done here: planning (`planning.py`), files (the control plane).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from fleetlm_common.clock import Clock
+from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, MapConflict, View
+from fleetlm_common.logs import Logger
+from fleetlm_common.ops import Health
+from fleetlm_operator.metrics import Metrics
+from fleetlm_operator.planning import Decision, Reason, plan, volumes_lost
+
+RESYNC_S: Final = 5.0
+"""A step at least so often: what was missed, or failed, is done then."""
+RETRY_S: Final = 0.5
+"""Pause after the control plane did not answer or another controller was quicker."""
+STALLED_S: Final = 30.0
+"""Without a finished step for so long the loop hangs (a step is a few file operations), and readiness says so."""
+
+_WARNINGS: Final[frozenset[Reason]] = frozenset({"InvalidSpec", "VolumeLost", "Held"})
+
+
+class Controller:
+    """One of any number of controllers of a ring.
+
+    Args:
+        control: the ring's control plane.
+        log: where sentences go besides the status.
+        metrics: the series to move.
+        clock: for readiness only; nothing is decided by time.
+    """
+
+    def __init__(self, control: ControlPlane, *, log: Logger, metrics: Metrics, clock: Clock) -> None:
+        self._control = control
+        self._log = log
+        self._metrics = metrics
+        self._clock = clock
+        self._said: str | None = None
+        self._reported: str | None = None
+        self._health = Health(ok=False, reason="Starting", message="has not seen the control plane yet")
+        self._step_ended_s = clock.monotonic_s()
+
+    def health(self) -> Health:
+        """Whether the ring is looked after; how the ring is stands in the message."""
+        idle_s = self._clock.monotonic_s() - self._step_ended_s
+        if idle_s > STALLED_S:
+            return Health(ok=False, reason="Stalled", message=f"no step ended for {idle_s:.0f} s")
+        return self._health
+
+    async def run(self) -> None:
+        """Steps until cancelled. Cancel-safe: a change that was under way is either made or not, and seen next time."""
+        changed = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch(changed))
+            while True:
+                changed.clear()
+                settled = await self.step()
+                try:
+                    async with asyncio.timeout(RESYNC_S if settled else RETRY_S):
+                        await changed.wait()
+                except TimeoutError:
+                    continue
+
+    async def _watch(self, changed: asyncio.Event) -> None:
+        """An event is a hint that a look is worth while, nothing more."""
+        async for _ in self._control.watch():
+            changed.set()
+
+    async def step(self) -> bool:
+        """Observe, plan, act once, say it.
+
+        Returns:
+            False when the step should soon be done again.
+        """
+        try:
+            settled = await self._observe_and_act()
+        except ControlPlaneUnavailable as error:
+            self._metrics.unavailable.inc()
+            self._health = Health(ok=False, reason="ControlPlaneUnavailable", message=str(error))
+            self._say("ControlPlaneUnavailable", f"the control plane does not answer: {error}", warn=True)
+            settled = False
+        self._step_ended_s = self._clock.monotonic_s()
+        return settled
+
+    async def _observe_and_act(self) -> bool:
+        view = await self._control.read()
+        decision = plan(view)
+        self._measure(view, decision)
+        if decision.new_map is not None:
+            expected = None if view.map is None else view.map.epoch
+            try:
+                await self._control.compare_and_swap(expected=expected, new=decision.new_map)
+            except MapConflict as conflict:
+                self._metrics.map_conflicts.inc()
+                self._log.event("map_conflict", expected=conflict.expected, found=conflict.found)
+                return False
+            self._metrics.map_changes.inc()
+            self._metrics.map_epoch.set(decision.new_map.epoch)
+        self._health = Health(ok=True, reason=decision.reason, message=decision.sentence)
+        self._say(decision.reason, decision.sentence, warn=decision.reason in _WARNINGS)
+        if self._reported != decision.sentence:
+            await self._control.report(decision.sentence)
+            self._reported = decision.sentence
+        return True
+
+    def _say(self, reason: str, sentence: str, *, warn: bool) -> None:
+        """One log line for each new sentence."""
+        if sentence != self._said:
+            self._said = sentence
+            self._log.event("ring", level="warning" if warn else "info", reason=reason, sentence=sentence)
+
+    def _measure(self, view: View, decision: Decision) -> None:
+        self._metrics.observations.inc()
+        self._metrics.map_epoch.set(0 if view.map is None else view.map.epoch)
+        self._metrics.shards_wanted.set(view.spec.shards)
+        self._metrics.shards_announced.set(len(view.shards))
+        self._metrics.shards_ready.set(sum(endpoint.ready for endpoint in view.shards.values()))
+        self._metrics.volumes_lost.set(len(volumes_lost(view)))
+        self._metrics.held.set(decision.reason in _WARNINGS)
