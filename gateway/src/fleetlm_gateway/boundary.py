@@ -9,121 +9,87 @@ how shards are reached (`router.py`, `shardlink.py`), how order is kept (`lanes.
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from fleetlm_common import rpc
+from fleetlm_common.control import ControlPlane
 from fleetlm_common.errors import FleetError
 from fleetlm_common.ids import SessionId
+from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
+from fleetlm_gateway.exchanges import CREATE, INFO, LIST, MARK_READ, READ
+from fleetlm_gateway.lanes import Lanes
+from fleetlm_gateway.metrics import InnerMetrics
+from fleetlm_gateway.router import Router
+from fleetlm_gateway.shardlink import Connect, Identity, connect_tcp
+from fleetlm_gateway.sinks import FromCursor, FromTail, LiveOnly, Sink, Start, Subscription
+from fleetlm_gateway.streams import Streams
+
+__all__ = ["AppendDone", "Boundary", "FromCursor", "FromTail", "LiveOnly", "Sink", "Start", "Subscription"]
 
 AppendDone = Callable[[list[rpc.Ack] | FleetError], None]
 """Called once with the acks (one a draft, in order) or with the refusal. Must not raise."""
 
 
-@dataclass(frozen=True, slots=True)
-class FromCursor:
-    """Deliver what comes after `seq`."""
+class Boundary:
+    """What the outer half may ask. To be made in a running loop.
 
-    seq: int
-
-
-@dataclass(frozen=True, slots=True)
-class FromTail:
-    """Deliver the last `count` messages, then what comes."""
-
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class LiveOnly:
-    """Deliver what comes after `last_seq` of the join's reply."""
-
-
-Start = FromCursor | FromTail | LiveOnly
-"""Where a subscription begins."""
-
-
-class Sink(Protocol):
-    """Where a subscription delivers to: one joined topic of one socket.
-
-    All calls come from the loop, in the order in which the client must see them, none before `Subscription.begin` and
-    none after `Subscription.close` (or after `closed`). None may raise or block.
+    Args:
+        gateway: this gateway's name.
+        credential: the secret that shards ask for.
+        control: where the ring map comes from.
+        entropy: for jitter.
+        log: for events.
+        metrics: for what happens.
+        connect: makes connections to shards.
     """
 
-    def deliver(self, first_seq: int, count: int, body: bytes, /) -> bool:
-        """Messages `first_seq` … `first_seq + count - 1` as JSON objects joined by commas.
-
-        The same bytes object goes to every sink of the session. At most about `PAGE_BYTES_MAX` at once.
-
-        Returns:
-            True: taken. False: the sink is full and took *nothing* of it; it calls `Subscription.resume` when there is
-            room again and then gets what follows its last taken message, so nothing is kept for it meanwhile.
-        """
-        ...
-
-    def gap(self, gap: rpc.Gap, /) -> None:
-        """Messages that this ring does not hold any more; delivery goes on at `gap.next_seq`."""
-        ...
-
-    def caught_up(self, seq: int, /) -> None:
-        """Replay has met live; exactly once per subscription."""
-        ...
-
-    def read(self, participant: str, last_read_seq: int, /) -> None:
-        """A participant's read cursor moved (a live hint: a sink that is full does not get it)."""
-        ...
-
-    def closed(self, reason: str, /) -> None:
-        """The subscription is over and will not come back by itself.
-
-        `cursor_ahead`: the ring does not hold what this reader has seen (joining again is refused with the facts);
-        `draining`: this gateway stops. Nothing follows.
-        """
-        ...
-
-
-class Subscription(Protocol):
-    """One reader's place in a session."""
-
-    @property
-    def info(self) -> rpc.InfoOk:
-        """The session when the subscription was made: for the join's reply."""
-        ...
-
-    def begin(self) -> None:
-        """Start delivery: to be called once, after the join's reply was sent."""
-        ...
-
-    def resume(self) -> None:
-        """There is room in the sink again (after it answered False); harmless at any other time."""
-        ...
-
-    def close(self) -> None:
-        """End it; the sink is not called any more. Harmless when repeated."""
-        ...
-
-
-class Boundary:
-    """What the outer half may ask."""
+    def __init__(
+        self,
+        *,
+        gateway: str,
+        credential: bytes,
+        control: ControlPlane,
+        entropy: random.Random,
+        log: Logger,
+        metrics: InnerMetrics,
+        connect: Connect = connect_tcp,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._router = Router(
+            identity=Identity(gateway, credential),
+            control=control,
+            connect=connect,
+            entropy=entropy,
+            log=log,
+            metrics=metrics,
+        )
+        self._lanes = Lanes(self._router)
+        self._streams = Streams(self._router)
 
     @property
     def epoch(self) -> int:
         """The epoch of the newest ring map known; 0 before the first."""
-        raise NotImplementedError
+        return self._router.epoch
 
     def ready(self) -> Health:
-        """Whether requests can be served, with the reason when not."""
-        raise NotImplementedError
+        """Whether requests can be served, with the reason when not.
+
+        Reasons: `NotWatching`, `NoRingMap`, `NoShardReachable`; `Ready` names shards that are away in its message.
+        """
+        return self._router.ready()
 
     async def start(self) -> None:
         """Begin to watch the ring map and to connect; returns at once, `ready` says when it is done."""
-        raise NotImplementedError
+        self._router.start()
 
     async def stop(self) -> None:
         """Answer what waits with TRY_AGAIN `draining`, close subscriptions and connections."""
-        raise NotImplementedError
+        self._streams.stop()
+        self._lanes.stop()
+        await self._router.stop()
 
     async def append(
         self, session: SessionId, drafts: list[rpc.Draft], *, expected_seq: int | None = None
@@ -135,13 +101,24 @@ class Boundary:
         Raises:
             FleetError: `TryAgain` (outcome unknown) or a `Rejected` (was not and will not be appended).
         """
-        raise NotImplementedError
+        answered: asyncio.Future[list[rpc.Ack]] = self._loop.create_future()
+
+        def done(outcome: list[rpc.Ack] | FleetError) -> None:
+            if answered.done():
+                return
+            if isinstance(outcome, FleetError):
+                answered.set_exception(outcome)
+            else:
+                answered.set_result(outcome)
+
+        self._lanes.submit(session, drafts, expected_seq=expected_seq, done=done)
+        return await answered
 
     def append_then(
         self, session: SessionId, drafts: list[rpc.Draft], *, expected_seq: int | None = None, done: AppendDone
     ) -> None:
         """`append` without a task: `done` is called once, maybe before this returns (a refusal at the door)."""
-        raise NotImplementedError
+        self._lanes.submit(session, drafts, expected_seq=expected_seq, done=done)
 
     async def read(
         self,
@@ -157,7 +134,11 @@ class Boundary:
         Raises:
             FleetError: `TryAgain`, or `Invalid` with reason `cursor_ahead` and `last_seq`.
         """
-        raise NotImplementedError
+
+        def ask(epoch: int) -> rpc.Read:
+            return rpc.Read(epoch, session, limit, after=after, before=before, tail=tail)
+
+        return await self._router.request(READ, session, ask)
 
     async def info(self, session: SessionId, *, cursor: int | None = None) -> rpc.InfoOk:
         """A session as it is; `exists` is False for one that was never written to.
@@ -165,7 +146,7 @@ class Boundary:
         Raises:
             FleetError: `TryAgain`, or `Invalid` with reason `cursor_ahead` and `last_seq`.
         """
-        raise NotImplementedError
+        return await self._router.request(INFO, session, lambda epoch: rpc.Info(epoch, session, cursor))
 
     async def mark_read(self, session: SessionId, participant: str, seq: int) -> int:
         """Set a read cursor; returns where it is now (it never goes back).
@@ -173,7 +154,10 @@ class Boundary:
         Raises:
             FleetError: `TryAgain`, or `Invalid` with reason `cursor_ahead` and `last_seq`.
         """
-        raise NotImplementedError
+        marked = await self._router.request(
+            MARK_READ, session, lambda epoch: rpc.MarkRead(epoch, session, participant, seq)
+        )
+        return marked.last_read_seq
 
     async def create(self, session: SessionId, metadata: bytes) -> rpc.Created:
         """Make a session; `metadata` is an encoded JSON object.
@@ -181,7 +165,7 @@ class Boundary:
         Raises:
             FleetError: `TryAgain`, or `Conflict` when it exists with other metadata.
         """
-        raise NotImplementedError
+        return await self._router.request(CREATE, session, lambda epoch: rpc.Create(epoch, session, metadata))
 
     async def sessions(self, *, after: str, limit: int) -> list[tuple[str, rpc.InfoOk]]:
         """Up to `limit` sessions of the whole ring after id `after` ("" from the first), by the bytes of their ids.
@@ -189,7 +173,15 @@ class Boundary:
         Raises:
             TryAgain: a shard did not answer (a list with a hole would look like a whole one).
         """
-        raise NotImplementedError
+        lists = await self._router.request_each(LIST, rpc.List(after, limit))
+        found: dict[str, rpc.InfoOk] = {}
+        for listed in lists:
+            for session, info in listed.sessions:
+                known = found.get(session)
+                # Two shards name it while its slot moves: the one that knows more is the owner, or becomes it.
+                if known is None or (info.epoch, info.last_seq) > (known.epoch, known.last_seq):
+                    found[session] = info
+        return sorted(found.items(), key=lambda item: item[0].encode())[:limit]
 
     async def subscribe(self, session: SessionId, *, start: Start, sink: Sink) -> Subscription:
         """Open a place in a session. Cancel-safe: nothing stays behind.
@@ -197,4 +189,4 @@ class Boundary:
         Raises:
             FleetError: `TryAgain`, or `Invalid` with reason `cursor_ahead` and `last_seq`.
         """
-        raise NotImplementedError
+        return await self._streams.subscribe(session, start=start, sink=sink)

@@ -1,15 +1,15 @@
 """Appends: one lane per session, one APPEND request of a lane in flight at a time, what arrives meanwhile is the next.
 
 Promise: the appends of one session reach its owner in the order of `submit`, over every retry, lost connection and
-change of owner; each is answered exactly once; an append waits at most `REQUEST_DEADLINE_S` in all. What waits is bounded
-per lane and in total.
+change of owner; each is answered exactly once; an append waits at most `REQUEST_DEADLINE_S` in all. What waits is
+bounded per lane and in total.
 Must not be done here: a task per append (this is the hot path), keys (each draft has one), finding the owner.
 
 The rule for an append whose deadline passes. It is answered TRY_AGAIN, its outcome is unknown: its request may lie in a
-buffer on the way and be carried out later. It is never sent again from here, and those behind it do not wait for it: they
-go out in the next request. So it may end up after them in the log, or not at all; whoever was told "unknown" knows that
-its place is open until the same key has been acknowledged. Nothing is doubled: a client's retry carries the same key, and
-the owner joins or dedupes it. Those behind it keep their order among themselves.
+buffer on the way and be carried out later. It is never sent again from here, and those behind it do not wait for it:
+they go out in the next request. So it may end up after them in the log, or not at all; whoever was told "unknown" knows
+that its place is open until the same key has been acknowledged. Nothing is doubled: a client's retry carries the same
+key, and the owner joins or dedupes it. Those behind it keep their order among themselves.
 """
 
 from __future__ import annotations

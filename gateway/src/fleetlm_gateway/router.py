@@ -76,7 +76,7 @@ class Router:
         self._routes: list[Route] = []
         self._moved: dict[int, tuple[str, int]] = {}
         self._better: list[Callable[[], None]] = []
-        self._pausing: set[asyncio.Future[None]] = set()
+        self._pausing: dict[asyncio.Future[None], None] = {}  # in order: the simulator repeats itself
         self._tasks: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -259,14 +259,14 @@ class Router:
             await asyncio.sleep(delay_s)
             return
         waiter: asyncio.Future[None] = self._loop.create_future()
-        self._pausing.add(waiter)
+        self._pausing[waiter] = None
         try:
             async with asyncio.timeout(delay_s):
                 await waiter
         except TimeoutError:
             return
         finally:
-            self._pausing.discard(waiter)
+            self._pausing.pop(waiter, None)
 
     def _tell_better(self) -> None:
         for waiter in self._pausing:
@@ -327,7 +327,7 @@ class Router:
 
     def _drop_links(self, members: Iterable[str]) -> None:
         wanted = {*members, *(owner for owner, _ in self._moved.values())}
-        for shard in set(self._links) - wanted:
+        for shard in sorted(set(self._links) - wanted):
             self._log.event("router.member_gone", shard=shard)
             self.metrics.link_up.remove(shard)
             self._spawn(self._links.pop(shard).close())
