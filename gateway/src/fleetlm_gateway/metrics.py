@@ -51,3 +51,55 @@ class InnerMetrics:
         )
         self.tail_bytes = gauge("tail_buffer_bytes", "Bytes of recent messages kept for readers that catch up")
         self.pushes = counter("pushes", "PUSH frames taken from shards")
+
+
+class OuterMetrics:
+    """Sockets, channels, requests of clients, REST.
+
+    Args:
+        registry: where they are registered; one set a registry.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"fleetlm_gateway_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"fleetlm_gateway_{name}", text, registry=registry)
+
+        self.sockets = gauge("sockets", "Open WebSockets")
+        self.sockets_opened = counter("sockets_opened", "WebSockets accepted")
+        self.sockets_refused = counter("sockets_refused", "WebSockets refused before the upgrade, by code", ("code",))
+        self.sockets_closed = counter("sockets_closed", "WebSockets that ended, by close reason", ("reason",))
+        self.sockets_full = gauge("sockets_full", "WebSockets whose write buffer is full")
+        self.topics = gauge("topics", "Joined topics")
+        self.frames = counter("frames_received", "WebSocket frames received")
+        self.bytes_received = counter("received_bytes", "Bytes received over WebSockets")
+        self.bytes_sent = counter("sent_bytes", "Bytes sent over WebSockets")
+        self.delivered = counter("messages_delivered", "Messages pushed to joined topics")
+        self.gaps = counter("gaps", "Gaps pushed to joined topics")
+        self.hints_dropped = counter("read_hints_dropped", "Read cursors not pushed because the socket was full")
+        self.rate_limited = counter("rate_limited_frames", "Frames refused by the rate limit")
+        self.draining = gauge("draining", "1 while this gateway is leaving")
+        self._requests = counter(
+            "client_requests", "Requests over WebSockets by event and outcome", ("event", "outcome")
+        )
+        self._request_seconds = Histogram(
+            "fleetlm_gateway_client_request_seconds",
+            "From a frame's arrival to its answer, by event",
+            ("event",),
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.http_requests = counter("http_requests", "REST requests by route and status", ("route", "status"))
+        self._children: dict[tuple[str, str], Counter] = {}
+        self._seconds: dict[str, Histogram] = {}
+
+    def answered(self, event: str, outcome: str, seconds: float) -> None:
+        """Count a request's answer; `labels` costs more than the rest of it, so children are kept."""
+        child = self._children.get((event, outcome))
+        if child is None:
+            child = self._children[event, outcome] = self._requests.labels(event, outcome)
+            self._seconds[event] = self._request_seconds.labels(event)
+        child.inc()
+        self._seconds[event].observe(seconds)
