@@ -19,12 +19,11 @@ def main() -> int:
         The exit status: 78 if the configuration is wrong, 1 if the port is taken (it may come free: worth a retry).
     """
     try:
-        config = load(ControllerConfig, prefix=PREFIX, env=os.environ)
-        uvloop.run(run(config))
+        uvloop.run(run(load(ControllerConfig, prefix=PREFIX, env=os.environ)))
     except ConfigError as error:
         return fail(error, component="controller")
     except OSError as error:
-        sys.stderr.write(f"controller: cannot listen on {config.ops_listen}: {error.strerror}\n")
+        sys.stderr.write(f"controller: cannot listen on {PREFIX}OPS_LISTEN: {error.strerror}\n")
         return 1
     return 0
 

@@ -12,7 +12,7 @@ import signal
 from prometheus_client import CollectorRegistry
 
 from fleetlm_common.clock import SystemClock
-from fleetlm_common.config import ConfigError, host_port
+from fleetlm_common.config import host_port
 from fleetlm_common.filecontrol import from_url
 from fleetlm_common.logs import StreamLogger
 from fleetlm_common.ops import OpsServer
