@@ -38,6 +38,8 @@ FRAME_RECEIVED_BYTES_MAX = 16 * 1024 * 1024
 CLOSE_TIMEOUT_S = 1.0
 """How long a closing handshake may take: the other side may be frozen."""
 
+# aiohttp makes this class with attrs in a way that pyright cannot see through.
+_WS_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S)  # pyright: ignore[reportCallIssue]
 _REFUSED_AT_FIRST = {400: Invalid, 401: Unauthenticated, 403: Forbidden, 404: NotFound}
 _REFUSED_LATER = {401: Unauthenticated, 403: Forbidden}
 
@@ -241,7 +243,7 @@ class Client:
             async with asyncio.timeout(self._settings.connect_deadline_s):
                 return await self._http.ws_connect(
                     self._url,
-                    timeout=aiohttp.ClientWSTimeout(None, CLOSE_TIMEOUT_S),
+                    timeout=_WS_TIMEOUT,
                     max_msg_size=FRAME_RECEIVED_BYTES_MAX,
                 )
         except aiohttp.WSServerHandshakeError as error:
