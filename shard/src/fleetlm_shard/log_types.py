@@ -81,6 +81,11 @@ class LogConfig:
     readers: int = 2
     """Threads that read messages back."""
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not go together."""
+        if self.segment_bytes < 4096 + 2 * self.batch_bytes_max:
+            raise ValueError("segment_bytes must hold two batches of batch_bytes_max")
+
 
 class Fence(Protocol):
     """The volume's term, as the log sees it (`volume.Volume` is one)."""
@@ -166,10 +171,10 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """A page: durable messages ascending from the asked seq, and the holes between and before them.
+    """A page: durable messages ascending from the asked seq, and the holes before, between and after them.
 
-    `missing` lies below the last message of the page, except when the page has no messages: then what is known to be
-    missing up to the last durable seq that the indexes name. `has_more`: the log holds later messages of the session.
+    `missing` says what is known to be missing up to the last message that the indexes name for this page; of what lies
+    beyond, the caller knows `last_seq`. `has_more`: the log holds later messages of the session.
     """
 
     messages: Sequence[StoredMessage]
@@ -184,7 +189,7 @@ class LogStats:
     appended_records: int = 0
     appended_bytes: int = 0
     batches: int = 0
-    looks: int = 0
+    rounds: int = 0
     marks: int = 0
     rotations: int = 0
     segments: int = 0
@@ -196,6 +201,7 @@ class LogStats:
     checkpoints: int = 0
     checkpoint_failures: int = 0
     seal_failures: int = 0
+    background_failures: int = 0
     trim_pos: int = 0
     trimmed_segments: int = 0
     free_bytes: int = 0

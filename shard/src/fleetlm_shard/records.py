@@ -1,7 +1,7 @@
 """The bodies of the log's records (docs/log.md, "Frames"), pure: values to bytes and back.
 
-Promise: `decode` of what `encode` made gives the same value; a message's JSON is built here, once, and is from then on only
-copied: to the log, to subscribers, to readers. Must not be done here: checksums and batches (`framing.py`).
+Promise: `decode` of what `encode` made gives the same value; a message's JSON is built here, once, and is from then on
+only copied: to the log, to subscribers, to readers. Must not be done here: checksums and batches (`framing.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""Slow work beside the log's hot path, for the background lane: indexes, deletions.
+
+Promise: each step may be cut off anywhere and done again; nothing is removed here that the log still refers to (the
+caller made that durable before). Must not be done here: state of the log.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from fleetlm_shard.segment_index import IndexMeta
+from fleetlm_shard.segments import (
+    LOG_FOLDER,
+    IndexId,
+    discard,
+    index_path,
+    parse_names,
+    publish,
+    segment_path,
+)
+from fleetlm_shard.table import KIND_INDEX, TableBuilder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from fleetlm_shard.chain import Link
+    from fleetlm_shard.disk import Disk
+    from fleetlm_shard.segment_index import MemoryIndex
+    from fleetlm_shard.segments import SegmentId, TempNames
+
+_SLICE_ENTRIES: Final = 64
+"""Index entries written between two pauses: well under a millisecond of the interpreter."""
+
+
+def write_index(
+    disk: Disk, temps: TempNames, link: Link, index: MemoryIndex, *, made_in: int, pause: Callable[[], None]
+) -> str:
+    """Write a sealed segment's index; durable when it returns. Returns its path."""
+    temp = temps.next()
+    file = disk.create(temp)
+    try:
+        builder = TableBuilder(file, KIND_INDEX)
+        for count, (key, value) in enumerate(index.entries(link.header.base_pos)):
+            builder.add(key, value)
+            if count % _SLICE_ENTRIES == _SLICE_ENTRIES - 1:
+                pause()
+        meta = IndexMeta(link.header, link.end_pos, index.messages, index.inserted_at_us_max)
+        builder.finish(msgspec.json.encode(meta))
+        file.sync()
+    except OSError:
+        discard(disk, file, temp)
+        raise
+    file.close()
+    path = index_path(IndexId(link.id, made_in))
+    publish(disk, temp, path)
+    return path
+
+
+def unlink_all(disk: Disk, paths: Iterable[str]) -> None:
+    """Remove names that may have gone already."""
+    for path in paths:
+        try:
+            disk.unlink(path)
+        except FileNotFoundError:
+            continue
+
+
+def delete_segments(disk: Disk, ids: Iterable[SegmentId]) -> None:
+    """Remove segments with all their indexes, oldest first; damaged ones live on in the folder for them."""
+    gone = set(ids)
+    if not gone:
+        return
+    listing = parse_names(disk.listdir(LOG_FOLDER))
+    for each in sorted(gone):
+        unlink_all(disk, [segment_path(each)])
+        unlink_all(disk, [index_path(own) for own in listing.indexes if own.segment == each])
+    disk.sync_folder(LOG_FOLDER)

@@ -1,0 +1,476 @@
+"""The log as the upper half of the shard sees it (docs/log.md, "Between the halves").
+
+Place: a facade in the event loop, which owns all state here; threads are lanes that get what they need and give back
+what they made. Promise: `on_durable` is called in order, once a batch, after sync and look; a read returns only durable
+messages; old files go only after what replaces them is on disk. Must not be done here: sessions, keys, subscribers.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from fleetlm_shard.appender import Appender, Durable
+from fleetlm_shard.checkpoints import CHECKPOINTS_KEPT, Checkpoint, StoredMeta, write_checkpoint
+from fleetlm_shard.framing import BATCH_FRAME_BYTES
+from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
+from fleetlm_shard.lanes import run_on
+from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, ReadResult
+from fleetlm_shard.reader import PageAnswer, PageRequest, find_in_link, read_page
+from fleetlm_shard.records import Message, Trimmed
+from fleetlm_shard.recovery import BOUNDARY_BYTES, merged
+from fleetlm_shard.segments import CheckpointId, SegmentId, checkpoint_path, keep_aside
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from fleetlm_shard.chain import Link
+    from fleetlm_shard.lanes import Lanes
+    from fleetlm_shard.log_types import CheckpointRow
+    from fleetlm_shard.records import Record
+    from fleetlm_shard.recovery import LogStart
+    from fleetlm_shard.segment_index import MemoryIndex
+
+__all__ = ["Durable", "Log"]
+
+T = TypeVar("T")
+
+
+class _Own:
+    """Context of a record of the log itself: resolved here, not shown to the upper half."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self.future = future
+
+
+class Log:
+    """The running log.
+
+    Args:
+        start: what `LogBoot.cut` made.
+        lanes: threads; closed by `close`.
+        loop: the owner.
+        on_durable: called once a batch with its (position, record, context), in order, after sync and look.
+        on_stopped: called once with the reason; the process must end.
+        monotonic: seconds, for the length of syncs.
+        observe_sync: called with the seconds of each sync, for a histogram.
+    """
+
+    def __init__(
+        self,
+        start: LogStart,
+        *,
+        lanes: Lanes,
+        loop: asyncio.AbstractEventLoop,
+        on_durable: Callable[[list[Durable]], None],
+        on_stopped: Callable[[BaseException], None],
+        monotonic: Callable[[], float] = time.monotonic,
+        observe_sync: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self._disk = start.disk
+        self._term = start.fence.term
+        self._config = start.config
+        self._temps = start.temps
+        self._lanes = lanes
+        self._loop = loop
+        self._on_durable = on_durable
+        self._on_stopped = on_stopped
+        self._sealed = list(start.sealed)
+        self._leftovers = start.leftovers
+        self._listing = start.listing
+        self._boundaries = start.boundaries
+        self._damage = list(start.damage)
+        self._trim = start.trim
+        self._checkpoint = start.checkpoint
+        self._kept = [start.checkpoint] if start.checkpoint else []
+        self._old_checkpoints = [
+            own for own in start.listing.checkpoints if start.checkpoint and own < start.checkpoint.id
+        ]
+        self._next_checkpoint = 1
+        self._checkpointing = False
+        self._trimming = False
+        self._sealing = False
+        self._memory_only: set[SegmentId] = set()
+        self._own_pending = 0
+        self._next_reader = 0
+        self._stats = LogStats(strays=start.strays)
+        self._appender = Appender(
+            start,
+            lanes=lanes,
+            loop=loop,
+            owner=self,
+            stats=self._stats,
+            monotonic=monotonic,
+            observe_sync=observe_sync,
+        )
+        self.append = self._appender.append
+        """`append(record, context) -> position`; see `Appender.append`. Bound here: one call less for each message."""
+
+    def start(self) -> None:
+        """Begin: prepare the next segment, look each second, write missing indexes, clear away what elders left."""
+        self._appender.start()
+        disk = self._disk
+        # A temporary name of an elder is never read; if that elder still lives, its link fails and it ends.
+        temps = [path for term, path in self._listing.temps if term < self._term]
+        leftovers = [link.id for link in self._leftovers]
+
+        def clear() -> None:
+            unlink_all(disk, temps)
+            delete_segments(disk, leftovers)
+
+        self._lanes.background.submit(clear, self._background_done)
+        self._seal_next()
+
+    # Appending -----------------------------------------------------------------------------------------------------
+
+    def append_group(self, records: Sequence[Record], contexts: Sequence[object]) -> list[int]:
+        """Queue records that become durable together or not at all; returns their positions.
+
+        Raises:
+            GroupTooLarge, LogBusy, LogDiskFull, LogStopped: nothing was queued.
+        """
+        return self._appender.append_group(records, contexts)
+
+    async def look(self) -> None:
+        """Wait for a look at the term that began after this call. Cancel-safe.
+
+        Raises:
+            LogStopped: a younger term, or an error.
+        """
+        await self._appender.look()
+
+    def batch_durable(self, link: Link, entries: list[Durable]) -> None:
+        """From the appender: index the messages, then tell the upper half."""
+        index = link.index
+        assert index is not None, "the active segment's index is in memory"
+        add = index.add
+        for pos, record, _ in entries:
+            if type(record) is Message:
+                add(record.session, record.seq, pos)
+                index.inserted_at_us_max = record.inserted_at_us
+        if entries and entries[0][0] - self._boundaries[-1] >= BOUNDARY_BYTES:
+            self._remember_boundary(entries[0][0])
+        if self._own_pending:
+            entries = self._settle_own(entries)
+        if entries:
+            self._on_durable(entries)
+
+    def _remember_boundary(self, first_pos: int) -> None:
+        # The batch begins one BATCH frame before its first record.
+        self._boundaries.append(first_pos - BATCH_FRAME_BYTES)
+
+    def _settle_own(self, entries: list[Durable]) -> list[Durable]:
+        others: list[Durable] = []
+        for entry in entries:
+            context = entry[2]
+            if isinstance(context, _Own):
+                self._own_pending -= 1
+                if not context.future.done():
+                    context.future.set_result(None)
+            else:
+                others.append(entry)
+        return others
+
+    def segment_sealed(self, old: Link, active: Link) -> None:
+        """From the appender: the log goes on in another segment."""
+        self._sealed.append(old)
+        self._boundaries.append(active.header.base_pos)
+        self._seal_next()
+
+    def writer_stopped(self, error: BaseException) -> None:
+        """From the appender: the end."""
+        self._on_stopped(error)
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    async def read(self, session: str, *, first_seq: int, limit: int, bytes_max: int = READ_BYTES_MAX) -> ReadResult:
+        """Durable messages of a session from `first_seq` on, ascending, each checked. Cancel-safe.
+
+        Args:
+            session: its id.
+            first_seq: the first wanted, from 1.
+            limit: most messages.
+            bytes_max: the page ends with the message that reaches this many bytes of JSON.
+        """
+        while True:
+            trim_pos = self.trim_pos
+            active = self._appender.active
+            assert active.index is not None
+            request = PageRequest(
+                session=session,
+                first_seq=first_seq,
+                limit=limit,
+                bytes_max=min(bytes_max, READ_BYTES_MAX),
+                trim_pos=trim_pos,
+                active=active,
+                found=active.index.find(session, first_seq, limit),
+                links=self._sealed[::-1],
+            )
+            answer = await self._on_reader(partial(read_page, self._disk, request))
+            if answer.damaged and self.trim_pos != trim_pos:
+                # Retention took the files away under the reader.
+                continue
+            self._stats.reads += 1
+            self._learn(answer)
+            return answer.result
+
+    async def earliest(self, session: str) -> tuple[int, int] | None:
+        """Seq and position of the first message of a session that is still held. Cancel-safe."""
+        links = list(self._sealed)
+        active = self._appender.active
+        assert active.index is not None
+        found = active.index.find(session, 0, 1)
+        rebuilt: list[tuple[Link, MemoryIndex]] = []
+
+        def search() -> tuple[int, int] | None:
+            for link in links:
+                place = find_in_link(self._disk, link, session, first_seq=0, limit=1, rebuilt=rebuilt)
+                if place is not None:
+                    return place.places[0]
+            return None
+
+        first = await self._on_reader(search)
+        self._learn(PageAnswer(ReadResult((), (), has_more=False), rebuilt=rebuilt))
+        return first or (found.places[0] if found is not None else None)
+
+    def _on_reader(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        self._next_reader = (self._next_reader + 1) % len(self._lanes.readers)
+        return run_on(self._lanes.readers[self._next_reader], work, self._loop)
+
+    def _learn(self, answer: PageAnswer) -> None:
+        """Keep what a read found out: indexes that it had to build, places that are damaged."""
+        for link, index in answer.rebuilt:
+            if link.index is None and link in self._sealed:
+                link.index, link.index_path = index, None
+        hurt = {link.id for link, _, _ in answer.damaged}
+        known = {each.from_pos for each in self._damage}
+        fresh = [Damage(pos, pos + 1, 0) for _, _, pos in answer.damaged if pos not in known]
+        if fresh:
+            self._damage = merged(sorted([*self._damage, *fresh], key=lambda each: each.from_pos))
+            disk = self._disk
+
+            def keep() -> None:
+                for each in sorted(hurt):
+                    keep_aside(disk, each)
+
+            self._lanes.background.submit(keep, self._background_done)
+        if answer.rebuilt:
+            self._seal_next()
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def row(self, session: str) -> CheckpointRow | None:
+        """A session's row in the newest checkpoint; reads one block, usually from the page cache.
+
+        Raises:
+            TableDamaged: the block has rotted since boot.
+        """
+        return self._checkpoint.row(session) if self._checkpoint else None
+
+    def rows(self, after: str = "") -> Iterator[tuple[str, CheckpointRow]]:
+        """Rows of the newest checkpoint after a session id, in the order of UTF-8 bytes.
+
+        Not to be kept over an `await`: the file is closed when it has been replaced twice.
+        """
+        return self._checkpoint.rows(after) if self._checkpoint else iter(())
+
+    async def checkpoint(
+        self, changed: Mapping[str, CheckpointRow], *, pos: int, keys_from_pos: int, opened: Mapping[int, int]
+    ) -> None:
+        """Write a checkpoint: the rows of the last one with `changed` put over them. Durable when it returns.
+
+        Args:
+            changed: every session that has changed since the last checkpoint; must not be altered meanwhile.
+            pos: all records below it are in the rows (at most `durable_pos`).
+            keys_from_pos: where the idempotency window begins.
+            opened: slot → epoch.
+
+        Raises:
+            LogBusy: one is being written.
+            LogStopped: the log ended before it was written.
+            OSError: the disk refuses; the last checkpoint stays and this may be tried again.
+        """
+        assert pos <= self.durable_pos, "a checkpoint holds durable records only"
+        if self._checkpointing:
+            raise LogBusy("a checkpoint is being written")
+        self._checkpointing = True
+        try:
+            stored = StoredMeta(
+                pos=self._boundary(pos),
+                keys_from_pos=self._boundary(min(keys_from_pos, pos)),
+                opened=dict(opened),
+                damage=[(each.from_pos, each.to_pos, each.lost_max) for each in self._damage],
+                trim=self._trim,
+            )
+            if self._appender.synced_pos < stored.pos:
+                await self._appender.sync()
+            own_id = CheckpointId(self._term, self._next_checkpoint)
+            self._next_checkpoint += 1
+            old, disk, temps, pause = self._checkpoint, self._disk, self._temps, self._lanes.pause
+            made = await self._in_background(
+                lambda: write_checkpoint(disk, temps, own_id, old=old, changed=changed, stored=stored, pause=pause)
+            )
+        except Exception:
+            self._stats.checkpoint_failures += 1
+            raise
+        finally:
+            self._checkpointing = False
+        self._stats.checkpoints += 1
+        self._replace_checkpoint(made)
+
+    def _boundary(self, pos: int) -> int:
+        """The start of the batch at or before `pos` from which a boot can read."""
+        if pos == self.durable_pos:
+            return pos
+        return self._boundaries[max(bisect_right(self._boundaries, pos) - 1, 0)]
+
+    def _replace_checkpoint(self, made: Checkpoint) -> None:
+        self._checkpoint = made
+        self._kept.append(made)
+        doomed = [] if len(self._kept) < CHECKPOINTS_KEPT else self._old_checkpoints
+        if doomed:
+            self._old_checkpoints = []
+        while len(self._kept) > CHECKPOINTS_KEPT:
+            oldest = self._kept.pop(0)
+            oldest.table.close()
+            doomed = [*doomed, oldest.id]
+        if doomed:
+            disk, paths = self._disk, [checkpoint_path(each) for each in doomed]
+            self._lanes.background.submit(lambda: unlink_all(disk, paths), self._background_done)
+
+    # Sealing and retention -----------------------------------------------------------------------------------------
+
+    def _seal_next(self) -> None:
+        """Write the index of the oldest segment that has none; one at a time."""
+        if self._sealing or self._appender.stopped is not None:
+            return
+        link = next((each for each in self._sealed if each.index and each.id not in self._memory_only), None)
+        if link is None or link.index is None:
+            return
+        self._sealing = True
+        disk, temps, index, term, pause = self._disk, self._temps, link.index, self._term, self._lanes.pause
+
+        def done(path: str | None, error: BaseException | None) -> None:
+            self._sealing = False
+            if path is not None:
+                link.index_path, link.index = path, None
+            else:
+                # It stays in memory, and the next boot reads the segment. The name may be taken by a damaged index.
+                self._stats.seal_failures += 1
+                self._memory_only.add(link.id)
+                self._background_done(None, error)
+            link.inserted_at_us_max = index.inserted_at_us_max
+            self._seal_next()
+
+        self._lanes.background.submit(lambda: write_index(disk, temps, link, index, made_in=term, pause=pause), done)
+
+    async def trim(self, *, max_bytes: int | None, max_age_s: float | None, now_ms: int) -> bool:
+        """Drop the oldest sealed segments: while the log is larger than `max_bytes`, or all in them older.
+
+        Only what lies below the replay positions of both kept checkpoints can go. Returns whether `trim_pos` moved.
+
+        Raises:
+            LogStopped: the log ended meanwhile.
+        """
+        if self._trimming:
+            return False
+        count = self._trimmable(max_bytes, max_age_s, now_ms)
+        if not count:
+            return False
+        self._trimming = True
+        try:
+            first = self._sealed[count] if count < len(self._sealed) else self._appender.active
+            record = Trimmed(first.header.term, first.header.number, first.header.base_pos)
+            future: asyncio.Future[None] = self._loop.create_future()
+            self._appender.append_own(record, _Own(future))
+            self._own_pending += 1
+            # A look after it resolves later than the record, or fails with it.
+            await self._appender.look()
+            await future
+            gone = self._sealed[:count]
+            self._sealed = self._sealed[count:]
+            self._trim = record
+            self._damage = [each for each in self._damage if each.lost_max or each.to_pos > record.below_pos]
+            self._boundaries = [pos for pos in self._boundaries if pos >= record.below_pos]
+            self._stats.trimmed_segments += count
+            ids = [link.id for link in gone]
+            await self._in_background(lambda: delete_segments(self._disk, ids))
+        finally:
+            self._trimming = False
+        return True
+
+    def _trimmable(self, max_bytes: int | None, max_age_s: float | None, now_ms: int) -> int:
+        """How many of the oldest segments may go."""
+        if len(self._kept) < CHECKPOINTS_KEPT:
+            return 0
+        limit_pos = min(each.stored.replay_from_pos for each in self._kept)
+        total = sum(link.header.size for link in self._sealed) + self._appender.active.header.size
+        count = 0
+        for link in self._sealed:
+            inserted_at_us_max = link.index.inserted_at_us_max if link.index else link.inserted_at_us_max
+            too_large = max_bytes is not None and total > max_bytes
+            too_old = max_age_s is not None and inserted_at_us_max < (now_ms - max_age_s * 1000) * 1000
+            if link.end_pos > limit_pos or not (too_large or too_old):
+                break
+            total -= link.header.size
+            count += 1
+        return count
+
+    # The rest ------------------------------------------------------------------------------------------------------
+
+    def _in_background(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return run_on(self._lanes.background, work, self._loop)
+
+    def _background_done(self, _: object, error: BaseException | None) -> None:
+        """Housekeeping that failed is done again by the next boot; it never ends the log."""
+        if error is not None:
+            self._stats.background_failures += 1
+
+    @property
+    def durable_pos(self) -> int:
+        """The end of what is durable and was looked at."""
+        return self._appender.durable_pos
+
+    @property
+    def trim_pos(self) -> int:
+        """Nothing below is held."""
+        return self._trim.below_pos if self._trim else 0
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """What is known to be unreadable, ascending."""
+        return self._damage
+
+    @property
+    def stats(self) -> LogStats:
+        """Counters and sizes, as of now."""
+        stats, appender = self._stats, self._appender
+        stats.segments = len(self._sealed) + 1
+        stats.segment_bytes = sum(link.header.size for link in self._sealed) + appender.active.header.size
+        stats.queued_records, stats.queued_bytes = appender.queued
+        stats.durable_pos = appender.durable_pos
+        stats.checkpoint_pos = self._checkpoint.stored.pos if self._checkpoint else 0
+        stats.trim_pos = self.trim_pos
+        stats.free_bytes = appender.free_bytes
+        stats.rounds = appender.rounds
+        stats.damage = list(self._damage)
+        return stats
+
+    async def close(self) -> None:
+        """Graceful end: what is queued becomes durable, a mark says so, threads end. Must not be cancelled."""
+        await self._appender.close()
+        # Each lane answers once more when it has done what was queued; then ending its thread takes no time.
+        for lane in {id(lane): lane for lane in self._lanes.all()}.values():
+            await run_on(lane, _nothing, self._loop)
+        self._lanes.close()
+        for kept in self._kept:
+            kept.table.close()
+
+
+def _nothing() -> None:
+    """The last thing that a lane does."""

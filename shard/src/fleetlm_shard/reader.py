@@ -1,0 +1,211 @@
+"""Reading messages back from segments: one page of one session, each record checked (docs/log.md, "Frames").
+
+Place: runs on the log's reader lanes, beside the loop; it works on what the loop gave it and shares nothing with it but
+the disk. Promise: a message is returned only if its checksum, session and seq are right; what is not there is named.
+Must not be done here: deciding which segments there are (`log.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from fleetlm_shard.chain import index_of, read_span
+from fleetlm_shard.framing import FRAME, FRAME_BYTES, HEADER_BYTES, check_frame
+from fleetlm_shard.log_types import Missing, ReadResult, StoredMessage
+from fleetlm_shard.records import RecordType, message_place
+from fleetlm_shard.segment_index import Found, MemoryIndex, find_in_value
+from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fleetlm_shard.chain import Link
+    from fleetlm_shard.disk import Disk, File
+
+_CHUNK_BYTES: Final = 64 * 1024
+"""Read at once where a session's messages lie close together."""
+_SINGLE_BYTES: Final = 2048
+"""Read at once where they do not: one call for a usual message."""
+
+Places = list[tuple[int, int]]
+"""(seq, pos), ascending."""
+
+
+@dataclass(slots=True)
+class PageRequest:
+    """What to read, as the loop knows it now.
+
+    `links` are the sealed segments, newest first; `found` is what the active one has.
+    """
+
+    session: str
+    first_seq: int
+    limit: int
+    bytes_max: int
+    trim_pos: int
+    active: Link
+    found: Found | None
+    links: Sequence[Link]
+
+
+@dataclass(slots=True)
+class PageAnswer:
+    """The page, and what reading it taught: positions that are damaged, indexes that were built anew."""
+
+    result: ReadResult
+    damaged: list[tuple[Link, int, int]] = field(default_factory=list["tuple[Link, int, int]"])
+    rebuilt: list[tuple[Link, MemoryIndex]] = field(default_factory=list["tuple[Link, MemoryIndex]"])
+
+
+def find_in_link(
+    disk: Disk, link: Link, session: str, *, first_seq: int, limit: int, rebuilt: list[tuple[Link, MemoryIndex]]
+) -> Found | None:
+    """Where a sealed segment has messages of a session."""
+    index, path = link.index, link.index_path
+    if index is None and path is not None:
+        try:
+            file = disk.open(path)
+            try:
+                value = Table(file, KIND_INDEX).get(session.encode())
+            finally:
+                file.close()
+        except (TableDamaged, FileNotFoundError):
+            # The index is only derived: the segment itself says what it holds.
+            index = index_of(read_span(disk, link, link.header.base_pos, link.end_pos).data, link)
+            rebuilt.append((link, index))
+        else:
+            if value is None:
+                return None
+            return find_in_value(value, link.header.base_pos, first_seq=first_seq, limit=limit)
+    return index.find(session, first_seq, limit) if index is not None else None
+
+
+def read_page(disk: Disk, request: PageRequest) -> PageAnswer:
+    """Read one page."""
+    answer = PageAnswer(ReadResult((), (), has_more=False))
+    parts: list[tuple[Link, Places]] = []
+    more = False
+    link, found = request.active, request.found
+    links = iter(request.links)
+    while True:
+        if found is not None:
+            if found.places:
+                parts.append((link, found.places))
+            more = more or found.more
+            if found.lowest_seq <= request.first_seq:
+                break
+        following = next(links, None)
+        if following is None:
+            break
+        link = following
+        found = find_in_link(
+            disk,
+            link,
+            request.session,
+            first_seq=request.first_seq,
+            limit=request.limit,
+            rebuilt=answer.rebuilt,
+        )
+    parts.reverse()
+    answer.result = _fetch(disk, request, parts, more=more, answer=answer)
+    return answer
+
+
+def _fetch(
+    disk: Disk, request: PageRequest, parts: list[tuple[Link, Places]], *, more: bool, answer: PageAnswer
+) -> ReadResult:
+    messages: list[StoredMessage] = []
+    missing: list[Missing] = []
+    budget = request.bytes_max
+    expected = request.first_seq
+    taken = 0
+    total = sum(len(places) for _, places in parts)
+    for link, places in parts:
+        if budget <= 0 or taken >= request.limit:
+            break
+        want = places[: request.limit - taken]
+        for seq, pos, json in _SegmentReader(disk, link, request.session).read(want):
+            if budget <= 0:
+                break
+            if seq > expected:
+                # Retention takes from the beginning only.
+                trimmed = request.trim_pos > 0 and taken == 0
+                missing.append(Missing(expected, seq - 1, "trimmed" if trimmed else "damaged"))
+            taken += 1
+            if json is None:
+                missing.append(Missing(seq, seq, "damaged"))
+                answer.damaged.append((link, seq, pos))
+            else:
+                messages.append(StoredMessage(seq, pos, json))
+                budget -= len(json)
+            expected = seq + 1
+    return ReadResult(messages, _joined(missing), has_more=more or taken < total)
+
+
+def _joined(missing: list[Missing]) -> list[Missing]:
+    """Neighbours of one reason become one range."""
+    joined: list[Missing] = []
+    for each in missing:
+        if joined and joined[-1].reason == each.reason and joined[-1].to_seq + 1 == each.from_seq:
+            joined[-1] = Missing(joined[-1].from_seq, each.to_seq, each.reason)
+        else:
+            joined.append(each)
+    return joined
+
+
+class _SegmentReader:
+    """Reads places of one segment, near ones together."""
+
+    def __init__(self, disk: Disk, link: Link, session: str) -> None:
+        self._disk = disk
+        self._link = link
+        self._session = session.encode()
+        self._start = 0
+        self._chunk = b""
+
+    def read(self, places: Places) -> list[tuple[int, int, bytes | None]]:
+        """(seq, pos, JSON or None where it is damaged)."""
+        try:
+            file = self._disk.open(self._link.path)
+        except FileNotFoundError:
+            return [(seq, pos, None) for seq, pos in places]
+        try:
+            last = len(places) - 1
+            return [
+                (seq, pos, self._one(file, seq, pos, places[number + 1][1] if number < last else pos))
+                for number, (seq, pos) in enumerate(places)
+            ]
+        finally:
+            file.close()
+
+    def _one(self, file: File, seq: int, pos: int, next_pos: int) -> bytes | None:
+        base_pos = self._link.header.base_pos
+        offset = HEADER_BYTES + pos - base_pos
+        end_offset = HEADER_BYTES + self._link.end_pos - base_pos
+        near = 0 < next_pos - pos < _CHUNK_BYTES // 2
+        try:
+            at = offset - self._start
+            if at < 0 or at + FRAME_BYTES > len(self._chunk):
+                self._load(file, offset, min(_CHUNK_BYTES if near else _SINGLE_BYTES, end_offset - offset))
+                at = 0
+            if at + FRAME_BYTES > len(self._chunk):
+                return None
+            size = FRAME_BYTES + FRAME.unpack_from(self._chunk, at)[0]
+            if at + size > len(self._chunk):
+                if offset + size > end_offset:
+                    return None
+                self._load(file, offset, max(size, min(_CHUNK_BYTES if near else 0, end_offset - offset)))
+                at = 0
+        except OSError:
+            return None
+        checked = check_frame(self._chunk, at, min(at + size, len(self._chunk)), self._link.header.seed)
+        if checked is None or checked[0] != RecordType.MESSAGE:
+            return None
+        body = self._chunk[at + FRAME_BYTES : at + size]
+        session, own_seq, json_at = message_place(body)
+        return body[json_at:] if (session, own_seq) == (self._session, seq) else None
+
+    def _load(self, file: File, offset: int, size: int) -> None:
+        self._start, self._chunk = offset, b""
+        self._chunk = file.pread(size, offset)
