@@ -7,18 +7,33 @@ no traceback for what the world gets wrong. Must not be done here: the work of a
 from __future__ import annotations
 
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from fleetlm_cli.exits import Failure
+from fleetlm_cli.up import up
 
 app = typer.Typer(
     name="fleetlm",
-    help="FleetLM: a durable, ordered, resumable message log for conversations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    *, version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and end.")] = False
+) -> None:
+    """FleetLM: a durable, ordered, resumable message log for conversations."""
+    if version:
+        typer.echo(f"fleetlm {metadata.version('fleetlm')}")
+        raise typer.Exit
+
+
+app.command()(up)
 
 
 def main() -> None:

@@ -79,14 +79,14 @@ def find(folder: Path) -> Up:
         Failure: none does.
     """
     up = read(folder)
-    if up is None or not _lives(up.pid):
+    if up is None or not lives(up.pid):
         raise Failure(
             f"no `fleetlm up` runs on {folder} (start one, or name a cluster with --url)", status=Exit.NOT_RUNNING
         )
     return up
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     """Whether there is a process of that number."""
     try:
         os.kill(pid, 0)
