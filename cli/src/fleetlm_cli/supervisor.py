@@ -25,9 +25,11 @@ from fleetlm_cli.childlog import ChildLog
 
 DEATHS_MAX: Final = 5
 """Deaths in a row before ready: what is wrong will not go away by itself (design §10)."""
-BACKOFF_FIRST_S: Final = 0.05
+RESTART_S: Final = 0.05
+"""Pause before a child that was ready is started again: clients wait for it."""
+BACKOFF_FIRST_S: Final = 0.25
 BACKOFF_MAX_S: Final = 5.0
-"""Pauses double from the first to this."""
+"""After a death before ready, doubled with each: five deaths take some seconds, which a lingering port may need."""
 READY_POLL_S: Final = 0.05
 """While a child starts."""
 WATCH_POLL_S: Final = 1.0
@@ -297,7 +299,7 @@ class Supervisor:
 
 def _backoff_s(deaths: int) -> float:
     """Pause before the next start."""
-    return min(BACKOFF_FIRST_S * 2.0**deaths, BACKOFF_MAX_S)
+    return min(BACKOFF_FIRST_S * 2.0 ** (deaths - 1), BACKOFF_MAX_S) if deaths else RESTART_S
 
 
 def status_text(status: int) -> str:

@@ -64,6 +64,7 @@ def up(
         raise Failure(
             f"--archive {archive}: the archive is not built yet; leave the option out (or say none)", status=Exit.USAGE
         )
+    os.umask(0o077)  # for every file of ours and of the children
     folder = data.absolute()
     with folders.held(folder):
         layout = _prepare(folder, port=port, shards=shards, gateways=gateways, slots=slots)

@@ -134,6 +134,11 @@ class FileControlPlane:
         self._seen = _Seen()
         self._one_look = asyncio.Lock()
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._folder
+
     async def read(self) -> View:
         """What the files say now; see `ControlPlane.read`. An announcement that cannot be read is no news."""
         try:
