@@ -344,7 +344,7 @@ def test_one_request_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("bound", "value"),
-    [("LANE_ENTRIES_MAX", 2), ("LANE_BYTES_MAX", 900), ("TOTAL_BYTES_MAX", 900), ("LANES_MAX", 1)],
+    [("LANE_ENTRIES_MAX", 2), ("LANE_BYTES_MAX", 700), ("TOTAL_BYTES_MAX", 700), ("LANES_MAX", 1)],
 )
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
     """Past each bound the answer is `overloaded` at once; what was taken before is not disturbed."""
