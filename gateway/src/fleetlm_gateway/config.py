@@ -1,4 +1,4 @@
-"""Settings of a gateway, from environment variables `FLEETLM_GATEWAY_<FIELD>`; docs/operations/configuration.md lists them.
+"""Settings of a gateway, from variables `FLEETLM_GATEWAY_<FIELD>`; docs/operations/configuration.md lists them.
 
 Promise: a gateway starts with every setting known and in range, or says which variable is wrong and does not start.
 Must not be done here: reading secrets (`process.py` does, from the file named here).
@@ -29,11 +29,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "gateway-0"
     """This gateway in logs and at the shards."""
     listen: str = "127.0.0.1:4000"
-    """Where clients connect, host:port; port 0 takes a free one. Loopback unless told: nothing is exposed by accident."""
+    """Where clients connect, host:port; port 0 takes a free one. Loopback unless told: exposing is a decision."""
     ops_listen: str = "127.0.0.1:4001"
     """Where health and metrics are."""
     origins: str = ""
-    """Web origins besides the gateway's own that browsers may come from: `https://app.example`, commas between, or `*`."""
+    """Web origins (besides the gateway's own) that browsers may come from: `https://app.example`, by commas, or `*`."""
     sockets: Count = 10_000
     """Open WebSockets; one more is answered 503. Some 10 KiB each when idle."""
     topics_per_socket: Count = 256
@@ -47,7 +47,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames_burst: Count = 10_000
     """How many may come at once."""
     write_buffer_bytes: Bytes = 512 * 1024
-    """Sent to one socket and not yet taken by its network; above it nothing more is sent or read until it has drained."""
+    """Sent to one socket and not yet taken by its network; above it nothing is sent or read until it drained."""
     stall_ms: PositiveMillis = 10_000
     """A socket with a full buffer that takes nothing for so long is closed (4002)."""
     lag_ms: PositiveMillis = 60_000
