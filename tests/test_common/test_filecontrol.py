@@ -139,6 +139,13 @@ async def test_a_later_term_replaces_an_earlier_announcement(any_plane: ControlP
     assert (await any_plane.read()).shards == {NAMES[0]: endpoint(2, ready=True)}
 
 
+async def test_an_elder_does_not_overwrite_an_announcement(folder: Path) -> None:
+    """The rule holds in the file, not only in the memory of those who read both."""
+    await FileControlPlane(folder).announce(endpoint(2))
+    await FileControlPlane(folder).announce(endpoint(1, port=99))
+    assert (await FileControlPlane(folder).read()).shards == {NAMES[0]: endpoint(2)}
+
+
 async def test_a_watch_shows_the_view_now_and_then_each_change(any_plane: ControlPlane) -> None:
     """Watchers get the present first, then news only."""
     views = any_plane.watch()

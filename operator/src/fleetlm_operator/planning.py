@@ -131,7 +131,8 @@ def _held(spec: RingSpec, current: RingMap) -> str | None:
     slots = moves_needed([found.owner for found in current.owners()], wanted)
     if not joining and not leaving and not slots:
         return None
-    changes = [f"{_listed(joining)} cannot join"] * bool(joining) + [f"{_listed(leaving)} cannot leave"] * bool(leaving)
+    cannot = ((joining, "join"), (leaving, "leave"))
+    changes = [f"{_listed(names)} cannot {verb}" for names, verb in cannot if names]
     what = " and ".join(changes or ["the ring stays uneven"])
     return f"held: {what}, {slots} slots would have to move, and slots cannot move yet"
 
@@ -148,8 +149,9 @@ def _lost_sentence(current: RingMap, lost: dict[ShardName, ShardEndpoint]) -> st
 
 def _waiting_sentence(absent: list[ShardName], unready: list[ShardName]) -> str:
     """Who is waited for; ownership waits too."""
-    parts = [f"{_listed(absent)} announced nothing yet"] * bool(absent)
-    parts += [f"waiting for {_listed(unready)} to become ready"] * bool(unready)
+    parts = [f"{_listed(absent)} announced nothing yet"] if absent else []
+    if unready:
+        parts.append(f"waiting for {_listed(unready)} to become ready")
     return "; ".join(parts)
 
 

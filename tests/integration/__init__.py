@@ -1,0 +1,1 @@
+"""Real processes, files, sockets and signals."""

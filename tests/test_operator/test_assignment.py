@@ -1,0 +1,103 @@
+"""Slots are spread evenly, and no slot moves that need not."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetlm_common.ids import ShardName
+from fleetlm_operator.assignment import assign, moves_needed
+
+Owners = list[ShardName | None]
+
+
+def names(count: int, start: int = 0) -> list[ShardName]:
+    return [ShardName(f"shard-{ordinal}") for ordinal in range(start, start + count)]
+
+
+@st.composite
+def rings(draw: st.DrawFn) -> tuple[Owners, list[ShardName]]:
+    """Any owners, of any members past and present, and any members to come."""
+    past = st.one_of(st.none(), st.sampled_from(names(7)))
+    owners = draw(st.lists(past, min_size=1, max_size=64))
+    members = draw(st.lists(st.sampled_from(names(9)), min_size=1, max_size=9, unique=True))
+    return owners, members
+
+
+def fewest_moves(owners: Owners, members: list[ShardName]) -> int:
+    """The lower bound, found another way: whoever may hold the one more is tried as a choice by holdings."""
+    held = Counter(owner for owner in owners if owner is not None)
+    share, extra = divmod(len(owners), len(members))
+    kept_at_share = sum(min(held[member], share) for member in members)
+    kept_above = min(extra, sum(held[member] > share for member in members))
+    return len(owners) - kept_at_share - kept_above
+
+
+@given(rings())
+def test_every_member_gets_its_share(ring: tuple[Owners, list[ShardName]]) -> None:
+    """Counts differ by one at the most, and only members own anything."""
+    owners, members = ring
+    counts = Counter(assign(owners, members))
+    assert set(counts) <= set(members)
+    assert max(counts[member] for member in members) - min(counts[member] for member in members) <= 1
+    assert sum(counts.values()) == len(owners)
+
+
+@given(rings())
+def test_nothing_moves_that_need_not(ring: tuple[Owners, list[ShardName]]) -> None:
+    """As few slots change their owner as any even spread allows: for joining, leaving and cordoned shards alike."""
+    owners, members = ring
+    changed = sum(now != then for now, then in zip(owners, assign(owners, members), strict=True))
+    assert changed == fewest_moves(owners, members)
+
+
+@given(rings())
+def test_an_assignment_is_its_own_assignment(ring: tuple[Owners, list[ShardName]]) -> None:
+    """A controller that comes after has nothing to change."""
+    owners, members = ring
+    once = assign(owners, members)
+    assert assign(once, members) == once
+    assert moves_needed(once, members) == 0
+
+
+@given(rings(), st.data())
+def test_a_plan_that_is_half_done_ends_where_it_was_going(
+    ring: tuple[Owners, list[ShardName]], data: st.DataObject
+) -> None:
+    """Any other controller continues with as many moves as are left, whatever part was done."""
+    owners, members = ring
+    goal = assign(owners, members)
+    done = data.draw(st.lists(st.booleans(), min_size=len(owners), max_size=len(owners)))
+    halfway = [then if moved else now for now, then, moved in zip(owners, goal, done, strict=True)]
+    left = sum(now != then for now, then in zip(halfway, goal, strict=True))
+    changed = sum(now != then for now, then in zip(halfway, assign(halfway, members), strict=True))
+    assert changed == left
+
+
+def test_a_new_ring_has_one_range_a_shard() -> None:
+    """The first map is small and reads well; the first shards get the one more."""
+    owners = assign([None] * 8, names(3))
+    assert [owner[-1] for owner in owners] == list("00011122")
+
+
+def test_a_shard_that_joins_takes_a_slot_or_so_from_each() -> None:
+    """256 slots on three shards become 64 each, and exactly 64 move."""
+    owners = assign([None] * 256, names(3))
+    assert moves_needed(owners, names(4)) == 64
+    assert Counter(assign(owners, names(4))) == dict.fromkeys(names(4), 64)
+
+
+def test_a_shard_that_leaves_gives_up_its_slots_only() -> None:
+    """What the others own stays theirs."""
+    owners = assign([None] * 256, names(4))
+    assert moves_needed(owners, names(3)) == 64
+
+
+@pytest.mark.parametrize("members", [[], [*names(2), *names(1)]], ids=["nobody", "twice"])
+def test_slots_need_members(members: list[ShardName]) -> None:
+    """Nobody to own slots, or one of them twice, is a mistake of the caller."""
+    with pytest.raises(ValueError, match="members"):
+        assign([None], members)

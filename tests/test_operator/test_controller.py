@@ -1,0 +1,214 @@
+"""The loop: level-triggered, one change a step, one sentence, any number of controllers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from fleetlm_common.control import ControlPlane, View
+from fleetlm_common.ids import Epoch
+from fleetlm_common.logs import Level, Value
+from fleetlm_common.ring import RingMap
+from fleetlm_operator import controller as controllers
+from fleetlm_operator.controller import Controller
+from fleetlm_operator.metrics import Metrics
+from tests.support.memorycontrol import MemoryControlPlane
+from tests.test_operator.views import announced, first_map, seen
+
+SPEC = seen().spec
+
+
+class Log:
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.sentences: list[Value] = []
+
+    def event(self, name: str, /, *, level: Level = "info", **values: Value) -> None:
+        if name == "ring":
+            self.sentences.append(values["sentence"])
+
+
+class StillClock:
+    """Time that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def now_ms(self) -> int:
+        return int(self.now_s * 1000)
+
+    def now_us(self) -> int:
+        return int(self.now_s * 1_000_000)
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+
+class Rig:
+    """A controller with everything that it is given."""
+
+    def __init__(self, control: ControlPlane) -> None:
+        self.registry = CollectorRegistry()
+        self.log = Log()
+        self.clock = StillClock()
+        self.controller = Controller(control, log=self.log, metrics=Metrics(self.registry), clock=self.clock)
+
+    def metric(self, name: str) -> float | None:
+        return self.registry.get_sample_value(f"fleetlm_operator_{name}")
+
+
+@pytest.fixture
+def memory() -> MemoryControlPlane:
+    return MemoryControlPlane(SPEC)
+
+
+@asynccontextmanager
+async def running(*rigs: Rig) -> AsyncGenerator[None]:
+    """Controllers at work."""
+    tasks = [asyncio.create_task(rig.controller.run()) for rig in rigs]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110  # there is no event for "some other task got there"
+            await asyncio.sleep(0.001)
+
+
+async def test_a_ring_comes_up(memory: MemoryControlPlane) -> None:
+    """Shards announce themselves one after the other; after the last there is a map, and each step was said once."""
+    rig = Rig(memory)
+    async with running(rig):
+        for ordinal in range(3):
+            await memory.announce(announced(ordinal))
+        await until(lambda: rig.controller.health().reason == "Steady")
+    assert memory.view.map == first_map()
+    assert memory.sentences[-2:] == [
+        "made the first map: 12 slots on 3 shards, epoch 1",
+        "steady at epoch 1, 12 slots on 3 shards, all ready",
+    ]
+    assert rig.log.sentences == memory.sentences
+    assert len(set(memory.sentences)) == len(memory.sentences)
+
+
+async def test_a_sentence_is_said_once(memory: MemoryControlPlane) -> None:
+    """Steps that find nothing new are silent."""
+    rig = Rig(memory)
+    for _ in range(5):
+        assert await rig.controller.step()
+    assert len(memory.sentences) == len(rig.log.sentences) == 1
+
+
+async def test_many_controllers_make_one_map(memory: MemoryControlPlane) -> None:
+    """Five at the same ring: one map, one epoch, and those who were slower look again."""
+    rigs = [Rig(memory) for _ in range(5)]
+    async with running(*rigs):
+        for ordinal in range(3):
+            await memory.announce(announced(ordinal))
+        await until(lambda: all(rig.controller.health().reason == "Steady" for rig in rigs))
+    assert memory.view.map == first_map()
+    assert sum(rig.metric("map_changes_total") or 0 for rig in rigs) == 1
+
+
+class Hurried(MemoryControlPlane):
+    """Another controller makes the map between our look and our swap."""
+
+    async def compare_and_swap(self, *, expected: Epoch | None, new: RingMap) -> None:
+        if self.view.map is None:
+            await super().compare_and_swap(expected=expected, new=new)
+        await super().compare_and_swap(expected=expected, new=new)
+
+
+async def test_a_conflict_is_looked_at_again() -> None:
+    """A swap that came too late changes nothing, claims nothing, and the next step sees what is there."""
+    rig = Rig(control := Hurried(SPEC))
+    for ordinal in range(3):
+        await control.announce(announced(ordinal))
+    assert not await rig.controller.step()
+    assert control.sentences == []
+    assert rig.metric("map_conflicts_total") == 1
+    assert await rig.controller.step()
+    assert rig.controller.health().reason == "Steady"
+
+
+async def test_a_control_plane_that_is_away_is_waited_for(
+    memory: MemoryControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readiness says so, nothing ends, and what happened meanwhile is done afterwards."""
+    monkeypatch.setattr(controllers, "RETRY_S", 0.001)
+    rig = Rig(memory)
+    for ordinal in range(3):
+        await memory.announce(announced(ordinal))
+    memory.away = True
+    async with running(rig):
+        await until(lambda: rig.controller.health().reason == "ControlPlaneUnavailable")
+        assert not rig.controller.health().ok
+        memory.away = False
+        await until(lambda: rig.controller.health().ok)
+        await until(lambda: memory.view.map is not None)
+    assert memory.sentences
+
+
+class Deaf(MemoryControlPlane):
+    """Loses every event."""
+
+    async def watch(self) -> AsyncIterator[View]:
+        await asyncio.Event().wait()
+        yield self.view
+
+
+async def test_a_lost_event_delays_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Level-triggered: without any event the next regular step does what is to be done."""
+    monkeypatch.setattr(controllers, "RESYNC_S", 0.001)
+    rig = Rig(control := Deaf(SPEC))
+    async with running(rig):
+        await until(lambda: rig.controller.health().reason == "WaitingForShards")
+        for ordinal in range(3):
+            await control.announce(announced(ordinal))
+        await until(lambda: control.view.map is not None)
+
+
+async def test_readiness_is_honest(memory: MemoryControlPlane) -> None:
+    """Not before the first look, and not when no step ends any more."""
+    rig = Rig(memory)
+    assert rig.controller.health().reason == "Starting"
+    await rig.controller.step()
+    assert rig.controller.health().ok
+    rig.clock.now_s += controllers.STALLED_S + 1
+    assert rig.controller.health().reason == "Stalled"
+    await rig.controller.step()
+    assert rig.controller.health().ok
+
+
+async def test_every_metric_moves(memory: MemoryControlPlane) -> None:
+    """One scenario in which each documented series changes."""
+    rig, hurried = Rig(memory), Rig(control := Hurried(SPEC))
+    before = {sample.name: sample.value for metric in rig.registry.collect() for sample in metric.samples}
+    for plane in (memory, control):
+        for ordinal in range(3):
+            await plane.announce(announced(ordinal))
+    await hurried.controller.step()
+    await rig.controller.step()
+    memory.away = True
+    await rig.controller.step()
+    memory.away = False
+    await memory.announce(announced(1, volume_id="empty"))
+    await rig.controller.step()
+    moved = {
+        sample.name
+        for each in (rig, hurried)
+        for metric in each.registry.collect()
+        for sample in metric.samples
+        if sample.value != before.get(sample.name)
+    }
+    assert {name for name in before if not name.endswith("_created")} <= moved

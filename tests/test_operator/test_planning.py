@@ -1,0 +1,138 @@
+"""The plan: the first map when every volume is known; afterwards nothing that could lose anything."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetlm_common.control import RingSpec, View
+from fleetlm_common.ids import Epoch, ShardName
+from fleetlm_common.ring import Member, ranges_from
+from fleetlm_operator.planning import plan
+from tests.test_operator.views import announced, first_map, seen
+
+
+def test_a_ring_waits_for_every_volume() -> None:
+    """Before that a map would bind a member to nothing."""
+    decision = plan(seen(announced(1)))
+    assert decision.new_map is None
+    assert decision.reason == "WaitingForShards"
+    assert decision.sentence == "waiting for shard-0 and shard-2 to announce a volume (1 of 3 did)"
+
+
+def test_the_first_map_binds_members_to_volumes() -> None:
+    """Epoch 1, even shares, each member with the volume that it announced, ready or not."""
+    decision = plan(seen(announced(0), announced(1, ready=False), announced(2), announced(7)))
+    assert decision.new_map is not None
+    assert decision.new_map.epoch == 1
+    assert decision.new_map.uid == "ring-1"
+    assert decision.new_map.members == tuple(Member(ShardName(f"shard-{n}"), f"volume-{n}") for n in range(3))
+    assert [(found.first, found.last, found.owner, found.epoch) for found in decision.new_map.ranges] == [
+        (0, 3, "shard-0", 1),
+        (4, 7, "shard-1", 1),
+        (8, 11, "shard-2", 1),
+    ]
+    assert decision.sentence == "made the first map: 12 slots on 3 shards, epoch 1"
+
+
+def test_more_shards_than_slots_leave_some_without() -> None:
+    """Such a ring is odd and whole."""
+    made = first_map(shards=3, slots=2)
+    assert len(made.members) == 3
+    assert {found.owner for found in made.ranges} == {"shard-0", "shard-1"}
+
+
+def test_two_shards_on_one_volume_are_held() -> None:
+    """A copied volume or a mistaken mount would be bound to two owners."""
+    decision = plan(seen(announced(0), announced(1, volume_id="volume-0"), announced(2)))
+    assert decision.new_map is None
+    assert decision.sentence == "held: shard-0 and shard-1 announce the same volume volume-0"
+
+
+def test_a_ring_at_rest_is_steady() -> None:
+    """Nothing to do is said too."""
+    decision = plan(seen(*map(announced, range(3)), ring_map=first_map()))
+    assert decision == msgspec.structs.replace(decision, new_map=None, reason="Steady")
+    assert decision.sentence == "steady at epoch 1, 12 slots on 3 shards, all ready"
+
+
+def test_a_lost_volume_is_said_and_never_bound_anew() -> None:
+    """The shard came back empty: its data is somewhere else or gone, and only people may decide that it is gone."""
+    decision = plan(seen(announced(0), announced(1, volume_id="empty"), announced(2), ring_map=first_map()))
+    assert decision.new_map is None
+    assert decision.reason == "VolumeLost"
+    assert "shard-1 lost its volume: the map binds it to volume-1, it announces empty" in decision.sentence
+
+
+def test_a_shard_that_is_away_is_waited_for() -> None:
+    """Silence moves nothing."""
+    decision = plan(seen(announced(0), announced(1, ready=False), ring_map=first_map()))
+    assert decision.new_map is None
+    assert decision.reason == "ShardsNotReady"
+    assert decision.sentence.startswith("shard-2 announced nothing yet; waiting for shard-1 to become ready")
+
+
+@pytest.mark.parametrize(
+    ("shards", "sentence"),
+    [
+        (4, "held: shard-3 cannot join, 3 slots would have to move, and slots cannot move yet"),
+        (2, "held: shard-2 cannot leave, 4 slots would have to move, and slots cannot move yet"),
+    ],
+)
+def test_another_number_of_shards_is_held(shards: int, sentence: str) -> None:
+    """What would need a move is said, with its size, and changes nothing."""
+    decision = plan(seen(*map(announced, range(4)), shards=shards, ring_map=first_map()))
+    assert decision.new_map is None
+    assert decision.reason == "Held"
+    assert decision.sentence.startswith(sentence)
+
+
+def test_an_uneven_ring_is_said_to_be() -> None:
+    """A map that people made by hand stays as it is, and they are told."""
+    uneven = msgspec.structs.replace(first_map(), ranges=ranges_from([(ShardName("shard-1"), Epoch(1))] * 12))
+    decision = plan(seen(*map(announced, range(3)), ring_map=uneven))
+    assert decision.new_map is None
+    assert decision.sentence.startswith("held: the ring stays uneven, 8 slots would have to move")
+
+
+def test_the_worst_finding_comes_first() -> None:
+    """A lost volume outweighs what is held, which outweighs who is not ready."""
+    decision = plan(seen(announced(0, volume_id="x"), announced(1, ready=False), shards=4, ring_map=first_map()))
+    assert decision.reason == "VolumeLost"
+    lost, held, absent = (decision.sentence.find(word) for word in ("lost its volume", "held:", "announced nothing"))
+    assert 0 <= lost < held < absent
+
+
+@pytest.mark.parametrize(
+    "spec", [RingSpec("r", 0, 3), RingSpec("r", 9999, 3), RingSpec("r", 8, 0), RingSpec("r", 8, 999)]
+)
+def test_a_spec_out_of_bounds_is_said(spec: RingSpec) -> None:
+    """What nobody can build is not tried."""
+    decision = plan(View(spec, None, {}))
+    assert decision.new_map is None
+    assert decision.reason == "InvalidSpec"
+
+
+def test_a_map_of_another_ring_is_held() -> None:
+    """Files that were mixed up are for people to sort out."""
+    other = msgspec.structs.replace(first_map(), uid="ring-2")
+    assert plan(seen(*map(announced, range(3)), ring_map=other)).reason == "Held"
+
+
+@given(
+    shards=st.integers(-1, 8),
+    has_map=st.booleans(),
+    there=st.lists(st.tuples(st.integers(0, 8), st.sampled_from([None, "x", "y"]), st.booleans()), max_size=9),
+)
+def test_a_plan_never_takes_a_slot_from_its_owner(
+    shards: int, *, has_map: bool, there: list[tuple[int, str | None, bool]]
+) -> None:
+    """Whatever is observed: a map that exists is not changed; the same view gives the same decision."""
+    endpoints = [announced(number, volume_id=volume, ready=ready) for number, volume, ready in there]
+    view = seen(*endpoints, shards=shards, ring_map=first_map() if has_map else None)
+    decision = plan(view)
+    assert decision == plan(view)
+    assert decision.sentence
+    assert decision.new_map is None or not has_map
