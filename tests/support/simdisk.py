@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Final, Literal
@@ -171,11 +171,10 @@ class SimVolume:
 
     def unsynced(self) -> list[Unit]:
         """What a power loss may take, in a fixed order."""
-        reachable = set(self._names.values()) | {value for kept in self._pending.values() for value in kept if value}
-        reachable.update(self._durable_names.values())
+        reachable = self._reachable()
         pages: list[Unit] = [
             Page(number, page)
-            for number in sorted(reachable - {_FOLDER})
+            for number in sorted(reachable)
             for page in sorted(self._inodes[number].dirty | self._inodes[number].doomed)
         ]
         return pages + [Entry(path, n) for path in sorted(self._pending) for n in range(len(self._pending[path]))]
@@ -269,22 +268,22 @@ class SimVolume:
             twin._counts = dict(self._counts)
             return twin
 
-    def fingerprint(self) -> tuple[object, ...]:
+    def fingerprint(self) -> tuple[Hashable, ...]:
         """Equal for equal states, also when they were reached in another order."""
+        locks = frozenset((number, inode.locked_by) for number, inode in self._inodes.items() if inode.locked_by)
+        held = locks, frozenset(self._open.items()), frozenset(self._dead), self.read_only
+        return *self.stored_fingerprint(), held
+
+    def stored_fingerprint(self) -> tuple[Hashable, ...]:
+        """The same of what is stored only: equal states have equal futures after a power loss."""
+        alive = self._reachable() | set(self._open.values())
         inodes = tuple(
-            (
-                number,
-                bytes(inode.cache),
-                bytes(inode.durable),
-                frozenset(inode.dirty),
-                frozenset(inode.doomed),
-                inode.locked_by,
-            )
+            (number, bytes(inode.cache), bytes(inode.durable), frozenset(inode.dirty), frozenset(inode.doomed))
             for number, inode in sorted(self._inodes.items())
+            if number in alive
         )
         names = frozenset(self._names.items()), frozenset(self._durable_names.items())
-        pending = frozenset((path, tuple(versions)) for path, versions in self._pending.items())
-        return inodes, names, pending, frozenset(self._open.items()), frozenset(self._dead), self.read_only
+        return inodes, names, frozenset((path, tuple(versions)) for path, versions in self._pending.items())
 
     # ---- for SimDisk and SimFile: the kernel
 
@@ -367,6 +366,12 @@ class SimVolume:
         alive = {number for number in self._names.values() if number != _FOLDER} | set(self._open.values())
         return sum(len(self._inodes[number].cache) for number in alive)
 
+    def _reachable(self) -> set[str]:
+        """The inodes that have a name, or may have one after a power loss."""
+        numbers = {*self._names.values(), *self._durable_names.values()}
+        numbers.update(value for versions in self._pending.values() for value in versions if value)
+        return numbers - {_FOLDER}
+
     def _count(self, what: str) -> int:
         self._counts[what] = self._counts.get(what, 0) + 1
         return self._counts[what]
@@ -400,6 +405,11 @@ class SimFile:
         self._handle = handle
         self._path = path
         self._writable = writable
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number in its process."""
+        return self._handle[1]
 
     def _step(self, name: str) -> None:
         self._volume.step(self._handle[0], name, self._path)

@@ -54,10 +54,16 @@ def settle_identity(disk: Disk, wanted: Identity, *, boot_id: str) -> tuple[Iden
         VolumeUnreadable: no identity beside data, no log beside an identity, or an identity that cannot be read.
         OSError: whatever the disk answered.
     """
+    # Data first, then the identity: the other way round another process may format and write between the two looks.
+    term = find_highest_term(disk)
     found = read_identity(disk)
     was_empty = found is None
     if found is None:
-        _refuse_data_without_identity(disk)
+        if term:
+            raise VolumeUnreadable(
+                f"the volume has files of term {term} but no file {IDENTITY!r}: "
+                "it was removed, or this is half a copy of a volume"
+            )
         _format(disk, wanted, boot_id=boot_id)
         found = read_identity(disk)
         if found is None:
@@ -73,15 +79,6 @@ def settle_identity(disk: Disk, wanted: Identity, *, boot_id: str) -> tuple[Iden
     # The name may be in the cache only, of a process that was killed here; a term must not outlive it.
     disk.sync_folder("")
     return found, was_empty
-
-
-def _refuse_data_without_identity(disk: Disk) -> None:
-    term = find_highest_term(disk)
-    if term:
-        raise VolumeUnreadable(
-            f"the volume has files of term {term} but no file {IDENTITY!r}: "
-            "it was removed, or this is half a copy of a volume"
-        )
 
 
 def _format(disk: Disk, identity: Identity, *, boot_id: str) -> None:
