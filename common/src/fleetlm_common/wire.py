@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 HEADER: Final = struct.Struct("<IBQ")
 PAYLOAD_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -85,8 +85,8 @@ class FrameConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's call: the connection stands."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's: a cast, never an isinstance.
+        self._transport = cast("asyncio.Transport", transport)
         if self._on_made is not None:
             self._on_made(self)
 
