@@ -1,0 +1,63 @@
+"""`python -m fleetlm_shard`: one shard, configured by the environment only (docs/operations/configuration.md)."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import uvloop
+
+from fleetlm_common.clock import SystemClock
+from fleetlm_common.config import ConfigError, fail, load, secret_from_file
+from fleetlm_common.filecontrol import from_url
+from fleetlm_common.logs import StreamLogger
+from fleetlm_shard.config import PREFIX, ShardConfig
+from fleetlm_shard.disk import FOLDER_MODE, OsDisk
+from fleetlm_shard.process import EXIT_FAILED, Outside, ShardProcess
+
+
+async def _run(config: ShardConfig, secret: bytes) -> int:
+    clock = SystemClock()
+    outside = Outside(
+        disk=OsDisk(Path(config.data)),
+        control=from_url(config.control, variable=PREFIX + "CONTROL"),
+        clock=clock,
+        entropy=random.Random(os.urandom(32)),
+        events=StreamLogger(config.name, style=config.log_style, level=config.log_level, clock=clock),
+        secret=secret,
+        new_volume_id=os.urandom(16).hex(),
+        boot_id=os.urandom(8).hex(),
+    )
+    return await ShardProcess(config, outside).run()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{PREFIX}DATA: cannot make {path}: {error.strerror}") from error
+
+
+def main() -> int:
+    """Run until a signal or a failure.
+
+    Returns:
+        The exit status: 0 after a signal, 78 for a wrong configuration, 74 when a disk or port fails, 70 when fenced,
+        75 when a younger process asked for the volume.
+    """
+    try:
+        config = load(ShardConfig, prefix=PREFIX, env=os.environ)
+        secret = secret_from_file(config.credential_file, variable=PREFIX + "CREDENTIAL_FILE")
+        _make_folder(Path(config.data))
+        return uvloop.run(_run(config, secret))
+    except ConfigError as error:
+        return fail(error, component="shard")
+    except OSError as error:
+        sys.stderr.write(f"shard: cannot listen on {PREFIX}OPS_LISTEN: {error.strerror}\n")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The idempotency window: which keys were used lately, for which message, with which content.
+
+    (session, key) → seq, inserted_at, content hash, message id
+
+A key enters when its record is queued (the record may not be durable yet: the sequencer compares `seq` with the
+session's durable seq) and leaves when it is older than the window, or when the window is full and the key is old
+enough that no retry of its request can be on its way (docs/adr/0003-key-window.md).
+
+Promise: a key younger than `REQUEST_DEADLINE_S + KEY_WINDOW_MARGIN_S` is never evicted; when nothing may be evicted
+and the hard bound is reached, `full` says so and the sequencer refuses. Age is monotonic time within a process and
+`inserted_at` at a rebuild. Must not be done here: comparing contents, waiting for durability.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from fleetlm_common.limits import KEY_WINDOW_MARGIN_S, REQUEST_DEADLINE_S
+
+KEY_AGE_S_MIN: Final = REQUEST_DEADLINE_S + KEY_WINDOW_MARGIN_S
+"""A retry may arrive until then; a younger key is never evicted."""
+MARK_S: Final = 0.1
+"""Ages and positions are kept per tenth of a second of keys, not per key: one small object for up to 10,000 keys."""
+EVICTED_MARKS_MAX: Final = 4
+"""Per call, so that an eviction never holds up the loop for more than a few milliseconds."""
+
+_PACKED: Final = struct.Struct("<QQ16s36s")
+
+
+class KnownKey(msgspec.Struct, frozen=True, gc=False):
+    """The message that a key stands for."""
+
+    seq: int
+    inserted_at_us: int
+    content_hash: bytes
+    id: str
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Keys that entered together: since when, from which position of the log, how many."""
+
+    at_s: float
+    pos: int
+    count: int
+
+
+class KeyWindow:
+    """The keys of one shard.
+
+    Args:
+        window_s: how long a key is kept.
+        soft_max: keys kept when they are old enough to be evicted earlier.
+        hard_max: keys kept at all; past it `full` is true.
+    """
+
+    def __init__(self, *, window_s: float, soft_max: int, hard_max: int) -> None:
+        assert window_s >= KEY_AGE_S_MIN
+        assert 1 <= soft_max <= hard_max
+        self._window_s = window_s
+        self._soft_max = soft_max
+        self._hard_max = hard_max
+        # Values are packed: 100 bytes instead of 250, and nothing for the garbage collector to walk.
+        self._known: dict[tuple[str, str], bytes] = {}
+        self._order: deque[tuple[str, str]] = deque()
+        self._marks: deque[_Mark] = deque()
+        # Names whose older use still stands in `_order` (only a rebuild makes them): how many to skip there.
+        self._shadowed: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def full(self) -> bool:
+        """The hard bound is reached: an append with a new key must be refused as `overloaded`."""
+        return len(self._known) >= self._hard_max
+
+    def room(self) -> int:
+        """How many more keys may enter."""
+        return self._hard_max - len(self._known)
+
+    def get(self, session: str, key: str) -> KnownKey | None:
+        """What the key stands for, if it is known."""
+        packed = self._known.get((session, key))
+        if packed is None:
+            return None
+        seq, inserted_at_us, content_hash, ident = _PACKED.unpack(packed)
+        return KnownKey(seq, inserted_at_us, content_hash, str(ident, "ascii"))
+
+    def add(self, session: str, key: str, known: KnownKey, *, pos: int, at_s: float) -> None:
+        """A message with this key was queued at monotonic time `at_s`; the log gave it position `pos`."""
+        name = (session, key)
+        assert name not in self._known
+        self._known[name] = _PACKED.pack(known.seq, known.inserted_at_us, known.content_hash, known.id.encode())
+        self._order.append(name)
+        marks = self._marks
+        if marks and at_s - marks[-1].at_s < MARK_S:
+            marks[-1].count += 1
+        else:
+            marks.append(_Mark(at_s, pos, 1))
+
+    def restore(self, session: str, key: str, known: KnownKey, *, pos: int, age_s: float, now_s: float) -> None:
+        """Boot read this message from the log, `age_s` after it was inserted.
+
+        A key that occurs again (its first use had left the window) replaces the older one.
+        """
+        if age_s > self._window_s:
+            return
+        name = (session, key)
+        if self._known.pop(name, None) is not None:
+            self._shadowed[name] = self._shadowed.get(name, 0) + 1
+        at_s = now_s - max(0.0, age_s)
+        if self._marks:
+            at_s = max(at_s, self._marks[-1].at_s)
+        self.add(session, key, known, pos=pos, at_s=at_s)
+        self.evict(now_s)
+
+    def evict(self, now_s: float) -> int:
+        """Drop what is too old, and what is too many and old enough; returns how many went."""
+        dropped = 0
+        marks, known, order = self._marks, self._known, self._order
+        for _ in range(EVICTED_MARKS_MAX):
+            if not marks:
+                break
+            # A mark's keys are up to MARK_S younger than it says.
+            age_s = now_s - marks[0].at_s - MARK_S
+            if not (age_s > self._window_s or (age_s > KEY_AGE_S_MIN and len(known) > self._soft_max)):
+                break
+            for _ in range(marks.popleft().count):
+                name = order.popleft()
+                if self._shadowed and self._unshadowed(name):
+                    continue
+                del known[name]
+                dropped += 1
+        return dropped
+
+    def _unshadowed(self, name: tuple[str, str]) -> bool:
+        """Whether this place in the order belongs to an older use of the name; forgets it."""
+        count = self._shadowed.get(name, 0)
+        if count == 0:
+            return False
+        if count == 1:
+            del self._shadowed[name]
+        else:
+            self._shadowed[name] = count - 1
+        return True
+
+    def from_pos(self, durable_pos: int) -> int:
+        """Where the window begins in the log: a boot must read from there to know all of it."""
+        return min(self._marks[0].pos, durable_pos) if self._marks else durable_pos

@@ -1,0 +1,322 @@
+"""The shard's process: ports, signals, and how it ends.
+
+    boot ─► serve ─┬─ SIGTERM, SIGINT      drain: answer what is in flight, checkpoint, exit 0
+                   ├─ a younger one asks   stop sequencing, sync, exit EXIT_LEFT
+                   ├─ log or volume failed tell who waits, exit EXIT_FAILED
+                   └─ fenced               exit EXIT_FENCED at once, without a further word
+
+Promise: the operations port answers from the start and says why the shard is not ready; a refusal that a person must
+look at (foreign volume, lost volume, unreadable log) stays up, not ready, and serves nobody.
+Must not be done here: anything about sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal
+
+from prometheus_client import CollectorRegistry
+
+from fleetlm_common.config import host_port
+from fleetlm_common.control import ControlPlaneUnavailable, ShardEndpoint
+from fleetlm_common.ids import ShardName
+from fleetlm_common.ops import Health, OpsServer
+from fleetlm_shard import admin
+from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
+from fleetlm_shard.config import PREFIX
+from fleetlm_shard.lanes import thread_lanes
+from fleetlm_shard.log_types import LogError, LogUnreadable
+from fleetlm_shard.metrics import Histograms, ShardCollector
+from fleetlm_shard.server import Credentials
+from fleetlm_shard.shard import Shard, World
+from fleetlm_shard.volume_types import Fenced, ForeignVolume, VolumeUnreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from fleetlm_common.clock import Clock
+    from fleetlm_common.control import ControlPlane
+    from fleetlm_common.logs import Logger
+    from fleetlm_common.ring import RingMap
+    from fleetlm_shard.config import ShardConfig
+    from fleetlm_shard.disk import Disk
+    from fleetlm_shard.volume import Volume
+
+EXIT_FENCED: Final = 70
+"""A younger process holds the volume."""
+EXIT_FAILED: Final = 74
+"""The disk, or the log on it, failed (EX_IOERR): only a restart that reads the files knows what is there."""
+EXIT_LEFT: Final = 75
+"""A younger process asked for the volume (EX_TEMPFAIL)."""
+ANNOUNCE_S: Final = 0.2
+"""How often it is looked whether there is something new to announce: where we are, whether we are ready."""
+FLUSH_S: Final = 0.5
+"""For answers on their way out of a process that ends."""
+READERS: Final = 2
+"""Threads that read messages back."""
+
+Ending = Literal["signal", "asked", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What the process gets from `__main__`."""
+
+    disk: Disk
+    control: ControlPlane
+    clock: Clock
+    entropy: random.Random
+    events: Logger
+    secret: bytes
+    new_volume_id: str
+    boot_id: str
+
+
+class ShardProcess:
+    """One process of one shard.
+
+    Args:
+        config: settings.
+        outside: disk, control plane, time, chance.
+    """
+
+    def __init__(self, config: ShardConfig, outside: Outside) -> None:
+        self._config = config
+        self._outside = outside
+        self._events = outside.events
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[Ending] = self._loop.create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._boot = Boot(
+            BootInputs(
+                config=config,
+                disk=outside.disk,
+                control=outside.control,
+                clock=outside.clock,
+                entropy=outside.entropy,
+                sleep=asyncio.sleep,
+                events=outside.events,
+                new_volume_id=outside.new_volume_id,
+                boot_id=outside.boot_id,
+                keep=lambda work: self._run("keep_term", self._kept(work)),
+            )
+        )
+        self._refused: Health | None = None
+        self._volume: Volume | None = None
+        self._shard: Shard | None = None
+        self._listener: asyncio.Server | None = None
+        self._address = ("", 0)
+        self._ops_port = 0
+        registry = CollectorRegistry()
+        self._histograms = Histograms(registry)
+        registry.register(ShardCollector(shard=lambda: self._shard, ready=lambda: self.health().ok))
+        self._ops = OpsServer(
+            registry=registry,
+            ready=self.health,
+            routes=admin.routes(lambda: admin.status_of(config.name, self.health(), self._shard)),
+        )
+
+    async def run(self) -> int:
+        """Live until something ends it; returns the exit status.
+
+        Raises:
+            OSError: the operations port cannot be listened on.
+        """
+        host, port = host_port(self._config.ops_listen, variable=PREFIX + "OPS_LISTEN")
+        self._ops_port = await self._ops.start(host, port)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._end, "signal")
+        self._events.event("started", ops_port=self._ops_port, pid=os.getpid())
+        self._run("serve", self._serve())
+        ending = await self._ended
+        self._events.event("ending", why=ending)
+        status = await self._finish(ending)
+        await self._ops.stop()
+        self._events.event("ended", status=status)
+        return status
+
+    def health(self) -> Health:
+        """Whether this shard serves what the ring map gives it, and why not."""
+        shard = self._shard
+        if self._refused is not None:
+            return self._refused
+        if shard is None:
+            return self._boot.stage
+        if shard.stopped is not None:
+            return Health(ok=False, reason="LogStopped", message=str(shard.stopped))
+        if shard.draining or self._ended.done():
+            return Health(ok=False, reason="Draining", message="the shard is leaving")
+        return shard.health()
+
+    # Serving ---------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        try:
+            booted = await self._boot.run()
+        except (ForeignVolume, VolumeUnreadable, LogUnreadable, LogLost) as error:
+            # Staying up says it where people look; a restart would find the same.
+            reason = "VolumeLost" if isinstance(error, LogLost) else type(error).__name__
+            self._refused = Health(ok=False, reason=reason, message=str(error))
+            self._events.event("boot.refused", level="error", reason=reason, why=str(error))
+            return
+        self._volume = booted.volume
+        shard = self._make(booted)
+        shard.log.start()
+        if booted.ring is not None:
+            await shard.ownership.adopt(booted.ring)
+        host, port = host_port(self._config.listen, variable=PREFIX + "LISTEN")
+        self._listener = await self._loop.create_server(shard.server.protocol, host, port)
+        self._address = (self._config.advertise_host or host, self._listener.sockets[0].getsockname()[1])
+        self._events.event("listening", host=host, port=self._address[1], term=booted.volume.term)
+        self._shard = shard
+        self._run("announce", self._announce(booted.volume))
+        self._run("watch", shard.ownership.watch())
+        self._run("upkeep", shard.upkeep.run())
+        self._run("sweep", shard.server.sweep(asyncio.sleep))
+
+    def _make(self, booted: Booted) -> Shard:
+        volume, outside = booted.volume, self._outside
+
+        async def store_map(ring: RingMap) -> None:
+            await asyncio.to_thread(volume.store_map, ring)
+
+        return Shard(
+            config=self._config,
+            credentials=Credentials(
+                ring_uid=volume.ring_uid,
+                shard=self._config.name,
+                volume_id=volume.volume_id,
+                term=volume.term,
+                secret=outside.secret,
+            ),
+            slots=booted.slots,
+            start=booted.start,
+            memory=booted.memory,
+            rebuilt=booted.rebuilt,
+            world=World(
+                clock=outside.clock,
+                entropy=outside.entropy,
+                control=outside.control,
+                lanes=thread_lanes(self._loop, readers=READERS),
+                sleep=asyncio.sleep,
+                events=outside.events,
+                store_map=store_map,
+                observe_sync=self._histograms.sync_seconds.observe,
+                measured=self._measured,
+                on_stopped=self._on_log_stopped,
+            ),
+        )
+
+    def _measured(self, records: int, seconds: float) -> None:
+        self._histograms.batch_records.observe(records)
+        self._histograms.answer_seconds.observe(seconds)
+
+    async def _announce(self, volume: Volume) -> None:
+        """Say where this shard is and whether it is ready, whenever that changes; runs until cancelled."""
+        said: ShardEndpoint | None = None
+        while True:
+            endpoint = self._endpoint(volume, ready=self.health().ok)
+            if endpoint != said:
+                try:
+                    await self._outside.control.announce(endpoint)
+                except ControlPlaneUnavailable as error:
+                    self._events.event("control.away", level="warning", error=str(error))
+                else:
+                    said = endpoint
+            await asyncio.sleep(ANNOUNCE_S)
+
+    def _endpoint(self, volume: Volume, *, ready: bool) -> ShardEndpoint:
+        host, port = self._address
+        return ShardEndpoint(
+            name=ShardName(self._config.name),
+            volume_id=volume.volume_id,
+            term=volume.term,
+            host=host,
+            port=port,
+            ops_url=f"http://{host}:{self._ops_port}",
+            ready=ready,
+        )
+
+    # Ending ----------------------------------------------------------------------------------------------------------
+
+    def _end(self, why: Ending) -> None:
+        if not self._ended.done():
+            self._ended.set_result(why)
+
+    async def _kept(self, keep_term: Coroutine[None, None, None]) -> None:
+        await keep_term
+        self._end("asked")
+
+    def _on_log_stopped(self, error: BaseException) -> None:
+        self._failed("log", error)
+
+    def _run(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run a part of the process as a task; if it fails, the process ends."""
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._task_done, name))
+
+    def _task_done(self, name: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            error = task.exception()
+            if error is not None:
+                self._failed(name, error)
+
+    def _failed(self, part: str, error: BaseException) -> None:
+        self._events.event("failed", level="error", part=part, error=repr(error), cause=repr(error.__cause__))
+        if isinstance(error, Fenced) or isinstance(error.__cause__, Fenced):
+            # Not even what is queued on connections may go out: it could be an answer that is not ours any more.
+            os._exit(EXIT_FENCED)
+        self._end("failed")
+
+    async def _finish(self, ending: Ending) -> int:
+        shard = self._shard
+        if self._listener is not None:
+            self._listener.close()
+        self._cancel(*(("serve",) if shard is None else ("serve", "watch", "upkeep", "sweep")))
+        status = {"signal": 0, "asked": EXIT_LEFT, "failed": EXIT_FAILED}[ending]
+        if shard is not None and ending != "failed":
+            status = await self._leave(shard, status, checkpoint=ending == "signal")
+        if shard is not None:
+            shard.server.close()
+            await self._flushed(shard)
+        self._cancel("announce", "keep_term")
+        if self._volume is not None:
+            with suppress(ControlPlaneUnavailable, TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self._outside.control.announce(self._endpoint(self._volume, ready=False))
+            # Last: the lock is the sign of life, and whoever takes the volume goes on at once.
+            self._volume.close()
+        return status
+
+    async def _leave(self, shard: Shard, status: int, *, checkpoint: bool) -> int:
+        """Answer what is in flight, make the log's end durable."""
+        shard.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_s):
+                while shard.server.in_flight:
+                    await asyncio.sleep(0.005)
+        try:
+            await shard.close(checkpoint=checkpoint)
+        except LogError as error:
+            self._events.event("leave.failed", level="error", error=repr(error))
+            return EXIT_FAILED
+        return status
+
+    async def _flushed(self, shard: Shard) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_S):
+                while shard.server.connections:
+                    await asyncio.sleep(0.005)
+
+    def _cancel(self, *names: str) -> None:
+        for task in self._tasks:
+            if task.get_name() in names:
+                task.cancel()

@@ -1,0 +1,357 @@
+"""The append path: dedupe → expected_seq → assign seq, build the record once → queue; the answer after the disk.
+
+One APPEND holds entries, in order; each entry is one client's append, all or nothing (one batch of the log):
+- every key known with the same content: the first answers again, `deduped`; nothing is written, `expected_seq` is not looked at;
+- some keys known, some new: the known ones are answered `deduped`, the new ones are appended (a retry of a batch whose older
+  keys have left the window must not fail); `expected_seq` is looked at, for something is appended;
+- a key known with other content, or twice in the entry: the whole entry is refused;
+- after a TRY_AGAIN in an entry all later ones get TRY_AGAIN too: what a client sent second never overtakes the first.
+
+Promise: an answer never says more than the disk holds: acks, dedupe hits and conflicts that rest on records which are
+not durable yet wait for them; answers from memory alone wait for a look at the term. Every call is answered once.
+Must not be done here: ownership (the server admits), frames, what is visible when (`writes.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid, TooLarge, TryAgain
+from fleetlm_common.ids import uuid7
+from fleetlm_common.limits import BATCH_MESSAGES_MAX, CONTENT_BYTES_MAX, ID_BYTES_MAX, METADATA_BYTES_MAX
+from fleetlm_common.rpc import Ack, EntryResult
+from fleetlm_shard.keys import KnownKey
+from fleetlm_shard.log_types import BATCH_BYTES_MAX, GroupTooLarge, LogBusy, LogDiskFull, LogError
+from fleetlm_shard.records import InsertedAt, Message, content_hash, message_json
+from fleetlm_shard.samejson import same_fragment
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from fleetlm_common.clock import Clock
+    from fleetlm_common.ids import Slot
+    from fleetlm_common.rpc import Append, Draft, Entry
+    from fleetlm_shard.keys import KeyWindow
+    from fleetlm_shard.sessions import Session, Sessions
+    from fleetlm_shard.writes import Writes
+
+ENTRIES_MAX: Final = 1000
+"""Appends of one APPEND: more than a gateway gathers during one sync."""
+FRAGMENT_BYTES_MAX: Final = CONTENT_BYTES_MAX + METADATA_BYTES_MAX + 2048
+"""Content, metadata, and the sender's id and kind with their names (ids may be escaped to six times their bytes)."""
+_FRAGMENT_START: Final = b'"sender_id":'
+
+
+class Answer(Protocol):
+    """Where one APPEND's results go; called once."""
+
+    def __call__(self, results: list[EntryResult], /) -> None:
+        """Send them."""
+        ...
+
+
+class _Unclear(Exception):
+    """A known key with other bytes: whether it says the same needs the stored message."""
+
+    def __init__(self, draft: Draft, known: KnownKey, fresh_hash: bytes) -> None:
+        super().__init__()
+        self.draft = draft
+        self.known = known
+        self.fresh_hash = fresh_hash
+
+
+class _Call:
+    """One APPEND on its way; `Waiting` for its records."""
+
+    __slots__ = ("answer", "conflicts", "request", "rests_on_log", "results", "sequencer", "verdicts")
+
+    def __init__(self, sequencer: Sequencer, request: Append, answer: Answer) -> None:
+        self.sequencer = sequencer
+        self.request = request
+        self.answer = answer
+        self.results: list[EntryResult] = []
+        self.conflicts: list[int] = []
+        """Entries refused because of `expected_seq`: their answer names the last seq that is durable by then."""
+        self.rests_on_log = False
+        """Something in the results is true only if the log is ours and holds what was queued."""
+        self.verdicts: dict[tuple[str, bytes], bool] = {}
+        """(key, hash) whose stored message was compared: says the same, or not."""
+
+    def refuse_rest(self, error: TryAgain) -> None:
+        """The next entry cannot be worked on now, so none after it may be either."""
+        self.results.extend([EntryResult([], error.body())] * (len(self.request.entries) - len(self.results)))
+
+    def settled(self) -> None:
+        """Everything that the results rest on is visible."""
+        if self.conflicts:
+            self.sequencer.fill_conflicts(self)
+        self.answer(self.results)
+
+    def stopped(self) -> None:
+        """Nobody knows what is on disk."""
+        self.answer([EntryResult([], STOPPED.body())] * len(self.request.entries))
+
+
+STOPPED: Final = TryAgain("the shard's log has stopped", reason="unavailable", retry_after_ms=1000)
+"""What everybody hears who waits for a log that failed."""
+
+
+class MessageIds:
+    """Ids of messages: UUIDs of version 7."""
+
+    __slots__ = ("_entropy",)
+
+    def __init__(self, entropy: random.Random) -> None:
+        self._entropy = entropy
+
+    def next(self, at_us: int) -> str:
+        """A new id."""
+        return uuid7(at_us // 1000, self._entropy)
+
+
+class Sequencer:
+    """Orders the messages of all sessions of this shard.
+
+    Args:
+        writes: the way into the log.
+        sessions: hot state.
+        keys: the idempotency window.
+        clock: for `inserted_at` and ages.
+        entropy: for message ids.
+        look: resolves after a look at the term that began after the call; raises LogError.
+        stored: the JSON of a durable message, None if the log does not hold it.
+        admits: raises TryAgain if this shard may not write the slot now (asked again after each wait).
+        spawn: runs a coroutine as a task of the shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        writes: Writes,
+        sessions: Sessions,
+        keys: KeyWindow,
+        clock: Clock,
+        entropy: random.Random,
+        look: Callable[[], Awaitable[None]],
+        stored: Callable[[str, int], Awaitable[bytes | None]],
+        admits: Callable[[Slot], None],
+        spawn: Callable[[Coroutine[None, None, None]], None],
+    ) -> None:
+        self._writes = writes
+        self._sessions = sessions
+        self._keys = keys
+        self._clock = clock
+        self._ids = MessageIds(entropy)
+        self._look = look
+        self._stored = stored
+        self._admits = admits
+        self._spawn = spawn
+        self._inserted_at = InsertedAt()
+        self.appended = 0
+        self.deduped = 0
+        self.conflicts = 0
+        self.idempotency_conflicts = 0
+
+    def append(self, session: Session, request: Append, answer: Answer) -> None:
+        """Take one APPEND for `session`, which this shard may write; `answer` is called once.
+
+        Raises:
+            FleetError: the request as a whole is refused; `answer` is not called.
+        """
+        if not 1 <= len(request.entries) <= ENTRIES_MAX:
+            raise Invalid(f"entries must be 1 to {ENTRIES_MAX}", field="entries", limit=ENTRIES_MAX)
+        self._advance(_Call(self, request, answer), session)
+
+    def _advance(self, call: _Call, session: Session) -> None:
+        """Work through the entries that have no result yet."""
+        entries, results = call.request.entries, call.results
+        for entry in entries[len(results) :]:
+            try:
+                results.append(self._entry(call, session, entry))
+            except _Unclear as question:
+                self._spawn(self._compare(call, question))
+                return
+            except TryAgain as error:
+                call.refuse_rest(error)
+                break
+            except FleetError as error:
+                results.append(EntryResult([], error.body()))
+        self._finish(call)
+
+    def _finish(self, call: _Call) -> None:
+        """Every entry has a result: answer as soon as it is known to be true."""
+        if not call.rests_on_log:
+            call.settled()
+        elif self._writes.settled:
+            self._spawn(self._answer_after_look(call))
+        else:
+            self._writes.wait(call)
+
+    def _entry(self, call: _Call, session: Session, entry: Entry) -> EntryResult:
+        """Append one entry.
+
+        Raises:
+            _Unclear: a stored message must be compared first; nothing was done.
+            FleetError: the entry is refused; nothing was done.
+        """
+        drafts = entry.drafts
+        known = self._known(call, session, drafts)
+        new_count = known.count(None)
+        if new_count:
+            if entry.expected_seq is not None and entry.expected_seq != session.seq_assigned:
+                self.conflicts += 1
+                call.rests_on_log = True
+                call.conflicts.append(len(call.results))
+                return _UNFILLED
+            if new_count > self._keys.room():
+                raise TryAgain(
+                    "the idempotency window is full of keys that may still be retried",
+                    reason="overloaded",
+                    retry_after_ms=1000,
+                )
+        call.rests_on_log = True
+        self.deduped += len(drafts) - new_count
+        fresh = iter(self._append(session, drafts, known) if new_count else ())
+        return EntryResult([next(fresh) if hit is None else self._first_answer(hit) for hit in known])
+
+    def _known(self, call: _Call, session: Session, drafts: list[Draft]) -> list[KnownKey | None]:
+        """What each draft's key stands for, all checked.
+
+        Raises:
+            _Unclear, IdempotencyConflict, Invalid, TooLarge: see `_entry`.
+        """
+        if len(drafts) != 1:
+            _check_batch(drafts)
+        known: list[KnownKey | None] = []
+        for draft in drafts:
+            _check_draft(draft)
+            hit = self._keys.get(session.id, draft.key)
+            if hit is not None:
+                self._check_content(call, draft, hit)
+            known.append(hit)
+        return known
+
+    def _check_content(self, call: _Call, draft: Draft, hit: KnownKey) -> None:
+        fresh_hash = content_hash(draft.fragment)
+        if fresh_hash == hit.content_hash:
+            return
+        verdict = call.verdicts.get((draft.key, fresh_hash))
+        if verdict is None:
+            raise _Unclear(draft, hit, fresh_hash)
+        if not verdict:
+            self.idempotency_conflicts += 1
+            call.rests_on_log = True
+            raise IdempotencyConflict(
+                f"the key was used for other content (seq {hit.seq}); choose a new one", field="idempotency_key"
+            )
+
+    def _append(self, session: Session, drafts: list[Draft], known: list[KnownKey | None]) -> list[Ack]:
+        """Assign seqs to the drafts whose keys are new and queue their records, all or none."""
+        at_us = self._clock.now_us()
+        at_text = self._inserted_at.text(at_us)
+        at_ack = str(at_text, "ascii")
+        seq = session.seq_assigned
+        messages: list[Message] = []
+        acks: list[Ack] = []
+        for draft, hit in zip(drafts, known, strict=True):
+            if hit is not None:
+                continue
+            seq += 1
+            ident = self._ids.next(at_us)
+            fragment = draft.fragment
+            json = message_json(
+                id_text=ident, session_json=session.id_json, seq=seq, inserted_at=at_text, fragment=fragment
+            )
+            messages.append(Message(session.slot, session.id, seq, at_us, draft.key, content_hash(fragment), json))
+            acks.append(Ack(seq, ident, at_ack, False))
+        try:
+            pos = self._writes.messages(session, messages)
+        except LogError as error:
+            raise refusal(error) from error
+        session.seq_assigned = seq
+        at_s = self._clock.monotonic_s()
+        add = self._keys.add
+        for message, ack in zip(messages, acks, strict=True):
+            add(
+                session.id,
+                message.key,
+                KnownKey(message.seq, at_us, message.content_hash, ack.id),
+                pos=pos,
+                at_s=at_s,
+            )
+        self._keys.evict(at_s)
+        self.appended += len(messages)
+        return acks
+
+    def _first_answer(self, hit: KnownKey) -> Ack:
+        return Ack(hit.seq, hit.id, str(self._inserted_at.text(hit.inserted_at_us), "ascii"), True)
+
+    def fill_conflicts(self, call: _Call) -> None:
+        """Put the last seq that is durable now into the call's conflicts."""
+        last_seq = self._sessions.get(call.request.session).seq_durable
+        body = Conflict(f"expected_seq is not the session's last_seq, which is {last_seq}", last_seq=last_seq).body()
+        for index in call.conflicts:
+            call.results[index] = EntryResult([], body)
+
+    async def _answer_after_look(self, call: _Call) -> None:
+        """For answers from memory: a younger process may have gone on long ago."""
+        try:
+            await self._look()
+        except LogError:
+            call.stopped()
+        else:
+            call.settled()
+
+    async def _compare(self, call: _Call, question: _Unclear) -> None:
+        """Find out whether the stored message says the same, then go on with the call."""
+        session_id, draft, known = call.request.session, question.draft, question.known
+        try:
+            if known.seq > self._sessions.get(session_id).seq_durable:
+                await self._writes.all_settled()
+            stored = await self._stored(session_id, known.seq)
+            session = self._sessions.get(session_id)
+            self._admits(session.slot)
+        except (LogError, FleetError) as error:
+            call.refuse_rest(error if isinstance(error, TryAgain) else STOPPED)
+            self._finish(call)
+            return
+        # A message that is gone cannot be shown to say the same.
+        call.verdicts[draft.key, question.fresh_hash] = stored is not None and same_fragment(stored, draft.fragment)
+        self._advance(call, session)
+
+
+_UNFILLED: Final = EntryResult([])
+
+
+def refusal(error: LogError) -> FleetError:
+    """What a client hears when the log refuses."""
+    if isinstance(error, LogBusy):
+        return TryAgain("the shard has as much to write as it can hold", reason="overloaded")
+    if isinstance(error, LogDiskFull):
+        return TryAgain("the shard's disk is nearly full", reason="disk_full", retry_after_ms=5000)
+    if isinstance(error, GroupTooLarge):
+        return TooLarge("the messages of one append are too large together", field="messages", limit=BATCH_BYTES_MAX)
+    return STOPPED
+
+
+def _check_batch(drafts: list[Draft]) -> None:
+    if not 1 <= len(drafts) <= BATCH_MESSAGES_MAX:
+        raise Invalid(
+            f"an append has 1 to {BATCH_MESSAGES_MAX} messages, not {len(drafts)}",
+            field="messages",
+            limit=BATCH_MESSAGES_MAX,
+        )
+    if len({draft.key for draft in drafts}) != len(drafts):
+        raise Invalid("two messages of one append have the same key", field="idempotency_key", reason="duplicate_key")
+
+
+def _check_draft(draft: Draft) -> None:
+    """What the record's form rests on; the JSON itself was checked by the gateway, which alone knows the credential."""
+    key, fragment = draft.key, draft.fragment
+    if not key or len(key) > ID_BYTES_MAX or not (key.isascii() or len(key.encode()) <= ID_BYTES_MAX):
+        raise Invalid(f"idempotency_key must be 1 to {ID_BYTES_MAX} bytes of UTF-8", field="idempotency_key")
+    if len(fragment) > FRAGMENT_BYTES_MAX:
+        raise TooLarge("the message is too large", field="content", limit=FRAGMENT_BYTES_MAX)
+    if not fragment.startswith(_FRAGMENT_START):
+        raise Invalid("the message does not begin with its sender", field="fragment")

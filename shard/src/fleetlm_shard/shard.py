@@ -1,0 +1,280 @@
+"""One shard, put together: everything between its connections and its log, without a process around it.
+
+    server ─► sequencer ─► writes ─► log          (appends)
+       └────► service ─► replay, cursors          (the rest)      ownership decides what may be asked at all
+
+Promise: the parts are wired here and nowhere else, so that the simulator runs the real ones. Must not be done here:
+sockets, signals, files (`process.py`), the rules of the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from fleetlm_common.errors import FleetError, TryAgain
+from fleetlm_common.ids import ShardName
+from fleetlm_common.ops import Health
+from fleetlm_common.slots import slot_of
+from fleetlm_shard.cursors import SessionWrites
+from fleetlm_shard.keys import KeyWindow
+from fleetlm_shard.log import Log
+from fleetlm_shard.log_types import LogBusy, LogDiskFull
+from fleetlm_shard.ownership import Ownership
+from fleetlm_shard.records import SlotsOpened
+from fleetlm_shard.replay import Replay
+from fleetlm_shard.sequencer import STOPPED, Sequencer
+from fleetlm_shard.server import Credentials, Server
+from fleetlm_shard.service import Service
+from fleetlm_shard.sessions import Sessions
+from fleetlm_shard.subscriptions import Subscriptions
+from fleetlm_shard.upkeep import Upkeep
+from fleetlm_shard.writes import Writes
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from fleetlm_common.clock import Clock
+    from fleetlm_common.control import ControlPlane
+    from fleetlm_common.ids import Epoch, SessionId, Slot
+    from fleetlm_common.logs import Logger
+    from fleetlm_common.ring import RingMap
+    from fleetlm_shard.appender import Durable
+    from fleetlm_shard.config import ShardConfig
+    from fleetlm_shard.lanes import Lanes
+    from fleetlm_shard.rebuild import Rebuilt
+    from fleetlm_shard.recovery import LogStart
+    from fleetlm_shard.sessions import RowSource
+    from fleetlm_shard.writes import Measured
+
+OPEN_RETRY_S: Final = 1.0
+"""A full disk is looked at again so often while slots wait to be opened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a shard gets from outside: time, chance, control plane, threads."""
+
+    clock: Clock
+    entropy: random.Random
+    control: ControlPlane
+    lanes: Lanes
+    sleep: Callable[[float], Awaitable[None]]
+    events: Logger
+    store_map: Callable[[RingMap], Awaitable[None]]
+    observe_sync: Callable[[float], None]
+    measured: Measured
+    on_stopped: Callable[[BaseException], None]
+    """The log has stopped: called once, before anybody who waits is told; may end the process at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What boot rebuilds from the log: made before it, given to the shard after it."""
+
+    sessions: Sessions
+    keys: KeyWindow
+
+    @classmethod
+    def empty(cls, config: ShardConfig, *, slots: int, rows: RowSource) -> Memory:
+        """Before the log was read."""
+        return cls(
+            Sessions(slot_of=lambda ident: slot_of(ident, slots), rows=rows, bytes_max=config.hot_bytes_max),
+            KeyWindow(window_s=config.keys_window_s, soft_max=config.keys_max, hard_max=config.keys_hard_max),
+        )
+
+
+class Shard:
+    """A running shard. Made in the loop, after boot has read and cut the log.
+
+    Args:
+        config: settings.
+        credentials: whom gateways must name and what they must present.
+        slots: of the ring.
+        start: the log, cut.
+        memory: what was rebuilt from it.
+        rebuilt: what else was found.
+        world: the outside.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ShardConfig,
+        credentials: Credentials,
+        slots: int,
+        start: LogStart,
+        memory: Memory,
+        rebuilt: Rebuilt,
+        world: World,
+    ) -> None:
+        self.config = config
+        self.credentials = credentials
+        self.memory = memory
+        self.draining = False
+        self.stopped: BaseException | None = None
+        self._world = world
+        self._slots = slots
+        self.log = Log(
+            start,
+            lanes=world.lanes,
+            loop=asyncio.get_running_loop(),
+            on_durable=self._on_durable,
+            on_stopped=self._on_stopped,
+            monotonic=world.clock.monotonic_s,
+            observe_sync=world.observe_sync,
+        )
+        sessions = memory.sessions
+        sessions.rows = self.log
+        self.subscriptions = Subscriptions()
+        self.writes = Writes(self.log, sessions, self.subscriptions, clock=world.clock, measured=world.measured)
+        self.replay = Replay(sessions, self.log)
+        self.ownership = Ownership(
+            shard=ShardName(credentials.shard),
+            volume_id=credentials.volume_id,
+            control=world.control,
+            store_map=world.store_map,
+            open_slots=self._open_slots,
+            on_released=self._on_released,
+            log=world.events,
+        )
+        self.ownership.opened.update(rebuilt.opened)
+        self.sequencer = Sequencer(
+            writes=self.writes,
+            sessions=sessions,
+            keys=memory.keys,
+            clock=world.clock,
+            entropy=world.entropy,
+            look=self.log.look,
+            stored=self.replay.message,
+            admits=self._admits,
+            spawn=self._spawn,
+        )
+        self.session_writes = SessionWrites(
+            writes=self.writes, sessions=sessions, subscriptions=self.subscriptions, clock=world.clock
+        )
+        self.server = Server(
+            credentials=credentials,
+            service=Service(
+                ownership=self.ownership,
+                slot_of=self.slot_of,
+                look=self.log.look,
+                sessions=sessions,
+                replay=self.replay,
+                writes=self.session_writes,
+                names=self._names,
+            ),
+            sequencer=self.sequencer,
+            sessions=sessions,
+            ownership=self.ownership,
+            subscriptions=self.subscriptions,
+            slot_of=self.slot_of,
+            refusal=self.refusal,
+            clock=world.clock,
+            log=world.events,
+            connections_max=config.connections_max,
+            requests_max=config.requests_max,
+        )
+        self.upkeep = Upkeep(
+            log=self.log,
+            sessions=sessions,
+            keys=memory.keys,
+            opened=lambda: self.ownership.opened,
+            config=config,
+            clock=world.clock,
+            sleep=world.sleep,
+            events=world.events,
+        )
+
+    def slot_of(self, ident: SessionId) -> Slot:
+        """The slot of a session in this ring."""
+        return slot_of(ident, self._slots)
+
+    def refusal(self) -> FleetError | None:
+        """Why no request at all is taken now."""
+        if self.stopped is not None:
+            return STOPPED
+        if self.draining:
+            return TryAgain("this shard is leaving", reason="draining")
+        return None
+
+    def drain(self) -> None:
+        """Take no further request, say so to every gateway, end subscriptions; what is in flight is still answered."""
+        self.draining = True
+        self.server.goaway("draining")
+
+    def health(self) -> Health:
+        """Whether this shard serves what the ring map gives it, and why not."""
+        standing = self.ownership.standing
+        if standing == "VolumeLost":
+            return Health(ok=False, reason=standing, message="the ring map binds this shard to another volume")
+        if standing == "NotMember":
+            return Health(ok=False, reason=standing, message="no ring map names this shard yet")
+        if self.log.stats.free_bytes < self.config.disk_reserve_bytes:
+            return Health(ok=False, reason="DiskFull", message="only the reserve is left on the volume")
+        if self.ownership.opening:
+            return Health(ok=False, reason="OpeningSlots", message="slots of the ring map are being opened")
+        if self.log.damage:
+            words = f"{len(self.log.damage)} ranges of the log are unreadable; readers get gaps"
+            return Health(ok=True, reason="LogDamaged", message=words)
+        return Health(ok=True, reason="Ready", message=f"{len(self.ownership.serves)} slots")
+
+    async def close(self, *, checkpoint: bool) -> None:
+        """Graceful end after `drain`: what is queued becomes durable, a checkpoint shortens the next boot.
+
+        Raises:
+            LogStopped: the log failed first.
+        """
+        await self.writes.all_settled()
+        if checkpoint:
+            await self.upkeep.checkpoint()
+        await self.log.close()
+
+    def _on_durable(self, records: list[Durable]) -> None:
+        self.writes.on_durable(records)
+
+    def _on_stopped(self, error: BaseException) -> None:
+        self.stopped = error
+        self._world.on_stopped(error)
+        self.writes.on_stopped()
+
+    def _admits(self, slot: Slot) -> None:
+        """After a wait inside an append: may it still be written?"""
+        error = self.refusal()
+        if error is not None:
+            raise error
+        self.ownership.admit(slot)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        self.server.spawn(work)
+
+    async def _open_slots(self, slots: dict[Slot, Epoch]) -> None:
+        by_epoch: dict[Epoch, list[int]] = {}
+        for slot, epoch in slots.items():
+            by_epoch.setdefault(epoch, []).append(slot)
+        for epoch, opened in by_epoch.items():
+            while True:
+                try:
+                    self.writes.other(SlotsOpened(epoch, opened), None, _nothing)
+                    break
+                except (LogBusy, LogDiskFull) as error:
+                    # Nobody is served from these slots until there is room: that is what the requests are told.
+                    self._world.events.event("slots.waiting", level="warning", why=str(error))
+                    await self._world.sleep(OPEN_RETRY_S)
+        await self.writes.all_settled()
+
+    def _on_released(self, slots: set[Slot]) -> None:
+        """Slots that fell silent: their subscriptions end after their last push."""
+        released = [session for session in self.memory.sessions.all_hot() if session.slot in slots]
+        self.subscriptions.end(iter(released), self.ownership.ended)
+
+    async def _names(self, after: str, limit: int) -> list[str]:
+        stored = (name for name, _ in islice(self.log.rows(after), limit))
+        return self.memory.sessions.names(after, limit, stored)
+
+
+def _nothing(_: int) -> None:
+    """The record that slots are opened changes nothing but the log."""
