@@ -122,5 +122,9 @@ class Hub:
                 await self._empty.wait()
         except TimeoutError:
             self._log.event("drain_cut_short", level="warning", sockets=len(self._sockets))
-            for socket in list(self._sockets):
-                socket.abort()
+            self.abort()
+
+    def abort(self) -> None:
+        """End every socket at once."""
+        for socket in list(self._sockets):
+            socket.abort()

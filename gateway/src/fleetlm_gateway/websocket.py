@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from fleetlm_common.errors import FleetError, Forbidden, Invalid, TryAgain
 from fleetlm_common.ids import SessionId, checked_id
@@ -110,10 +110,10 @@ class Socket(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The upgrade is done."""
-        assert isinstance(transport, asyncio.Transport)
+        # uvloop's transports are no subclasses of asyncio's: a cast, never an isinstance.
+        self._transport = cast("asyncio.Transport", transport)
         high = self.hub.config.write_buffer_bytes
-        transport.set_write_buffer_limits(high=high, low=high // 4)
-        self._transport = transport
+        self._transport.set_write_buffer_limits(high=high, low=high // 4)
         self.hub.add(self)
         self._arm(self.hub.config.heartbeat_timeout_ms / 1000)
 

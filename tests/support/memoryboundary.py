@@ -1,0 +1,302 @@
+"""A `Boundary` in memory, with the semantics of the real one: order, keys, expected_seq, cursors, gaps, full sinks.
+
+Promise: what it answers a real ring could answer. What tests need to steer stands in a few plain fields: `gate` holds
+answers back, `refusal` refuses, `trim` forgets old messages. Must not be done here: failing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Final
+
+from fleetlm_common import rpc
+from fleetlm_common.clock import iso_utc
+from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid
+from fleetlm_common.ids import SessionId
+from fleetlm_common.ops import Health
+from fleetlm_gateway.boundary import AppendDone, Boundary, FromCursor, FromTail, Sink, Start
+from fleetlm_gateway.jsontext import encode
+
+EPOCH: Final = 7
+PAGE: Final = 100
+"""Messages of one delivery during replay."""
+
+
+@dataclass
+class _Session:
+    name: str
+    messages: list[bytes] = field(default_factory=list)
+    keys: dict[str, tuple[rpc.Ack, bytes]] = field(default_factory=dict)
+    cursors: dict[str, int] = field(default_factory=dict)
+    places: set[MemoryPlace] = field(default_factory=set)
+    metadata: bytes = b"{}"
+    exists: bool = False
+    earliest: int = 1
+    last: int = 0
+
+    def message(self, seq: int) -> bytes:
+        return self.messages[seq - self.earliest]
+
+
+class MemoryPlace:
+    """A `Subscription`."""
+
+    def __init__(self, session: _Session, info: rpc.InfoOk, cursor: int, sink: Sink) -> None:
+        self.info = info
+        self._session = session
+        self._cursor = cursor
+        self._sink: Sink | None = sink
+        self._begun = self._caught_up = False
+        self.refusals = 0
+
+    def begin(self) -> None:
+        """Start."""
+        assert not self._begun, "begin is called once"
+        self._begun = True
+        self._session.places.add(self)
+        asyncio.get_running_loop().call_soon(self.pump)
+
+    def resume(self) -> None:
+        """Go on."""
+        asyncio.get_running_loop().call_soon(self.pump)
+
+    def close(self) -> None:
+        """End."""
+        self._sink = None
+        self._session.places.discard(self)
+
+    def end(self, reason: str) -> None:
+        """Have it end by itself."""
+        sink = self._sink
+        self.close()
+        if sink is not None:
+            sink.closed(reason)
+
+    def told(self, participant: str, seq: int) -> None:
+        """A read cursor moved."""
+        if self._sink is not None and self._begun:
+            self._sink.read(participant, seq)
+
+    def pump(self) -> None:
+        """Deliver what there is, until the sink is full."""
+        session = self._session
+        while self._sink is not None and self._begun:
+            if self._cursor + 1 < session.earliest:
+                missing = rpc.Gap("trimmed", self._cursor + 1, session.earliest, session.earliest, session.last)
+                self._cursor = session.earliest - 1
+                self._sink.gap(missing)
+            elif self._cursor < session.last:
+                count = min(PAGE, session.last - self._cursor)
+                seqs = range(self._cursor + 1, self._cursor + 1 + count)
+                if not self._sink.deliver(seqs[0], count, b",".join(map(session.message, seqs))):
+                    self.refusals += 1
+                    return
+                self._cursor += count
+            else:
+                if not self._caught_up:
+                    self._caught_up = True
+                    self._sink.caught_up(self._cursor)
+                return
+
+
+class MemoryBoundary(Boundary):
+    """The inner half, in memory."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refusal: FleetError | None = None
+        self.health = Health(ok=True, reason="Ready")
+        self.reads_under_way = 0
+        self.reads_at_once = 0
+        self._all: dict[str, _Session] = {}
+        self._now_us = 1_700_000_000_000_000
+        self._appending: asyncio.Queue[tuple[SessionId, list[rpc.Draft], int | None, AppendDone]] = asyncio.Queue()
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Of the ring."""
+        return EPOCH
+
+    def ready(self) -> Health:
+        """As told."""
+        return self.health
+
+    async def start(self) -> None:
+        """Take appends."""
+        self._worker = asyncio.create_task(self._work())
+
+    async def stop(self) -> None:
+        """Take no more."""
+        if self._worker is not None:
+            self._worker.cancel()
+
+    def session(self, name: str) -> _Session:
+        """The session's state, for tests."""
+        return self._all.setdefault(name, _Session(name))
+
+    def trim(self, name: str, earliest: int) -> None:
+        """Forget what lies before `earliest`."""
+        session = self.session(name)
+        del session.messages[: earliest - session.earliest]
+        session.earliest = earliest
+
+    async def _work(self) -> None:
+        while True:
+            session, drafts, expected_seq, done = await self._appending.get()
+            await self.gate.wait()
+            try:
+                acks = self._append(self.session(session), drafts, expected_seq)
+            except FleetError as error:
+                done(error)
+            else:
+                done(acks)
+            for place in list(self.session(session).places):
+                place.pump()
+
+    def _append(self, session: _Session, drafts: list[rpc.Draft], expected_seq: int | None) -> list[rpc.Ack]:
+        if self.refusal is not None:
+            raise self.refusal
+        known = [session.keys.get(draft.key) for draft in drafts]
+        for draft, found in zip(drafts, known, strict=True):
+            if found is not None and found[1] != draft.fragment:
+                raise IdempotencyConflict("the key was used for other content", field="idempotency_key")
+        if all(known):
+            return [rpc.Ack(found[0].seq, found[0].id, found[0].inserted_at, True) for found in known if found]
+        if expected_seq is not None and expected_seq != session.last:
+            raise Conflict("others wrote", last_seq=session.last)
+        return [self._add(session, draft) for draft in drafts]
+
+    def _add(self, session: _Session, draft: rpc.Draft) -> rpc.Ack:
+        session.exists = True
+        session.last += 1
+        self._now_us += 1
+        ack = rpc.Ack(session.last, f"00000000-0000-7000-8000-{session.last:012x}", iso_utc(self._now_us), False)
+        session.messages.append(
+            b'{"id":"%b","session_id":%b,"seq":%d,%b,"inserted_at":"%b"}'
+            % (ack.id.encode(), encode(session.name), ack.seq, draft.fragment, ack.inserted_at.encode())
+        )
+        session.keys[draft.key] = ack, draft.fragment
+        return ack
+
+    def append_then(
+        self, session: SessionId, drafts: list[rpc.Draft], *, expected_seq: int | None = None, done: AppendDone
+    ) -> None:
+        """Append; refused at the door when told to."""
+        if self.refusal is not None and self.refusal.reason == "at_the_door":
+            done(self.refusal)
+        else:
+            self._appending.put_nowait((session, drafts, expected_seq, done))
+
+    async def append(
+        self, session: SessionId, drafts: list[rpc.Draft], *, expected_seq: int | None = None
+    ) -> list[rpc.Ack]:
+        """Append."""
+        answer: asyncio.Future[list[rpc.Ack] | FleetError] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: list[rpc.Ack] | FleetError) -> None:
+            if not answer.done():
+                answer.set_result(outcome)
+
+        self.append_then(session, drafts, expected_seq=expected_seq, done=done)
+        outcome = await answer
+        if isinstance(outcome, FleetError):
+            raise outcome
+        return outcome
+
+    async def _pass(self) -> None:
+        await self.gate.wait()
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def read(
+        self,
+        session: SessionId,
+        *,
+        after: int | None = None,
+        before: int | None = None,
+        tail: int | None = None,
+        limit: int,
+    ) -> rpc.Page:
+        """A page."""
+        self.reads_under_way += 1
+        self.reads_at_once = max(self.reads_at_once, self.reads_under_way)
+        try:
+            await self._pass()
+        finally:
+            self.reads_under_way -= 1
+        found = self.session(session)
+        gap = None
+        if after is not None:
+            _refuse_ahead(found, after, "after")
+            first, end = after + 1, min(after + limit, found.last)
+            if first < found.earliest:
+                gap = rpc.Gap("trimmed", first, found.earliest, found.earliest, found.last)
+                first, end = found.earliest, min(found.earliest + limit - 1, found.last)
+            more = end < found.last
+        else:
+            end = found.last if before is None else min(before - 1, found.last)
+            first = max(found.earliest, end + 1 - (limit if tail is None else min(tail, limit)))
+            more = first > found.earliest
+        return rpc.Page(
+            first, [found.message(seq) for seq in range(first, end + 1)], more, found.last, found.earliest, gap
+        )
+
+    async def info(self, session: SessionId, *, cursor: int | None = None) -> rpc.InfoOk:
+        """The session."""
+        await self._pass()
+        found = self.session(session)
+        if cursor is not None:
+            _refuse_ahead(found, cursor, "cursor")
+        return self._info(found)
+
+    def _info(self, found: _Session) -> rpc.InfoOk:
+        return rpc.InfoOk(found.exists, found.last, found.earliest, iso_utc(self._now_us), found.metadata, EPOCH)
+
+    async def mark_read(self, session: SessionId, participant: str, seq: int) -> int:
+        """Set a cursor."""
+        await self._pass()
+        found = self.session(session)
+        _refuse_ahead(found, seq, "seq")
+        if seq > found.cursors.get(participant, 0):
+            found.cursors[participant] = seq
+            for place in list(found.places):
+                place.told(participant, seq)
+        return found.cursors.get(participant, 0)
+
+    async def create(self, session: SessionId, metadata: bytes) -> rpc.Created:
+        """Make a session."""
+        await self._pass()
+        found = self.session(session)
+        if found.exists and found.metadata != metadata:
+            raise Conflict("it exists with other metadata", reason="session_exists", last_seq=found.last)
+        created, found.exists, found.metadata = not found.exists, True, metadata
+        return rpc.Created(created, self._info(found))
+
+    async def sessions(self, *, after: str, limit: int) -> list[tuple[str, rpc.InfoOk]]:
+        """List."""
+        await self._pass()
+        names = sorted(
+            (name for name, found in self._all.items() if found.exists and name.encode() > after.encode()),
+            key=str.encode,
+        )
+        return [(name, self._info(self._all[name])) for name in names[:limit]]
+
+    async def subscribe(self, session: SessionId, *, start: Start, sink: Sink) -> MemoryPlace:
+        """Open a place."""
+        await self._pass()
+        found = self.session(session)
+        cursor = found.last
+        if isinstance(start, FromCursor):
+            _refuse_ahead(found, start.seq, "cursor")
+            cursor = start.seq
+        elif isinstance(start, FromTail):
+            cursor = max(found.earliest - 1, found.last - start.count)
+        return MemoryPlace(found, self._info(found), cursor, sink)
+
+
+def _refuse_ahead(found: _Session, seq: int, name: str) -> None:
+    if seq > found.last:
+        raise Invalid(f"{name} is beyond last_seq", reason="cursor_ahead", field=name, last_seq=found.last)
