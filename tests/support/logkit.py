@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from fleetlm_shard.lanes import inline_lanes
 from fleetlm_shard.log import Durable, Log
-from fleetlm_shard.log_types import CheckpointRow, LogConfig, LogStopped, StoredMessage
+from fleetlm_shard.log_types import CheckpointRow, LogConfig, LogStopped, StoredMessage, lost_seqs
 from fleetlm_shard.records import Damaged, InsertedAt, LostMessage, Message, Replayed, content_hash, message_json
-from fleetlm_shard.recovery import LogBoot
+from fleetlm_shard.recovery import LogBoot, LogStart
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fleetlm_shard.disk import Disk
 
 SMALL = LogConfig(
@@ -77,9 +79,9 @@ class Opened:
     log: Log
     boot: LogBoot
     replayed: list[tuple[int, Replayed]]
+    fence: TestFence
     durable: list[Durable] = field(default_factory=list[Durable])
     stopped: list[BaseException] = field(default_factory=list[BaseException])
-    rows: dict[str, CheckpointRow] = field(default_factory=dict[str, CheckpointRow])
 
     @property
     def acked(self) -> list[Message]:
@@ -97,6 +99,17 @@ class Opened:
             if isinstance(record, Message | LostMessage):
                 seqs[record.session] = max(seqs.get(record.session, 0), record.seq)
         return seqs
+
+    def next_seq(self, session: str) -> int:
+        """The seq that a good upper half gives next, as docs/log.md says."""
+        last_seq, last_pos = 0, 0
+        row = self.boot.row(session)
+        if row is not None:
+            last_seq, last_pos = row.last_seq, row.last_pos
+        for pos, record in self.replayed:
+            if isinstance(record, Message | LostMessage) and record.session == session and record.seq > last_seq:
+                last_seq, last_pos = record.seq, pos
+        return last_seq + 1 + lost_seqs(self.boot.damage, last_pos)
 
     async def settle(self) -> None:
         """Wait until everything that was appended is durable, or the log has stopped."""
@@ -162,12 +175,26 @@ class Opened:
         await self.log.close()
 
 
-async def open_log(disk: Disk, term: int, config: LogConfig = SMALL, *, seed: int = 1) -> Opened:
-    """Boot and start, all of it in this thread."""
-    fence = TestFence(disk, term)
-    boot = LogBoot.open(disk, fence, config, entropy=random.Random(seed * 1000 + term))
+async def until(ready: Callable[[], bool], *, turns: int = 1_000_000) -> None:
+    """Let the loop turn until it is so; a bound instead of a clock, for everything runs in this loop."""
+    for _ in range(turns):
+        if ready():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never became so")
+
+
+def boot_log(
+    disk: Disk, term: int, config: LogConfig = SMALL, *, seed: int = 1
+) -> tuple[LogBoot, list[tuple[int, Replayed]], LogStart]:
+    """Boot, up to the new segment; nothing runs yet."""
+    boot = LogBoot.open(disk, TestFence(disk, term), config, entropy=random.Random(seed * 1000 + term))
     replayed = list(boot.replay())
-    start = boot.cut()
+    return boot, replayed, boot.cut()
+
+
+def run_log(boot: LogBoot, replayed: list[tuple[int, Replayed]], start: LogStart) -> Opened:
+    """Run what `boot_log` made, all of it in this thread."""
     loop = asyncio.get_running_loop()
     opened: Opened
 
@@ -178,6 +205,12 @@ async def open_log(disk: Disk, term: int, config: LogConfig = SMALL, *, seed: in
         opened.stopped.append(error)
 
     log = Log(start, lanes=inline_lanes(loop), loop=loop, on_durable=on_durable, on_stopped=on_stopped)
-    opened = Opened(log, boot, replayed)
+    assert isinstance(start.fence, TestFence)
+    opened = Opened(log, boot, replayed, start.fence)
     log.start()
     return opened
+
+
+async def open_log(disk: Disk, term: int, config: LogConfig = SMALL, *, seed: int = 1) -> Opened:
+    """Boot and run."""
+    return run_log(*boot_log(disk, term, config, seed=seed))

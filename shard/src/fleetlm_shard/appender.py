@@ -28,10 +28,11 @@ from fleetlm_shard.framing import (
     batch_frame,
     encode_header,
 )
+from fleetlm_shard.lanes import run_on
 from fleetlm_shard.log_types import GroupTooLarge, LogBusy, LogDiskFull, LogStopped
 from fleetlm_shard.records import encode
 from fleetlm_shard.segment_index import MemoryIndex
-from fleetlm_shard.segments import Prepared, prepare
+from fleetlm_shard.segments import Prepared, discard, prepare
 from fleetlm_shard.writer import Finished, Job, Rotation
 
 if TYPE_CHECKING:
@@ -473,9 +474,13 @@ class Appender:
             self._mark()
             # The round of the mark is a look, too: this waits for it.
             await self.look()
-        if self._prepared is not None:
-            self._prepared.file.close()
+        # After the preparer's last piece of work: nobody will use what it made.
+        await run_on(self._lanes.preparer, self._discard_prepared, self._loop)
         self._file.close()
+
+    def _discard_prepared(self) -> None:
+        if self._prepared is not None and self._stopped is None:
+            discard(self._disk, self._prepared.file, self._prepared.temp)
 
     def stop(self, error: BaseException, waiters: list[asyncio.Future[None]]) -> None:
         """End for good: everybody who waits is told."""

@@ -246,10 +246,13 @@ class LogBoot:
                 proven_pos = max(proven_pos, piece.synced_pos)
             else:
                 proven_pos = max(proven_pos, piece.end_pos)
-        if self._cut_short(end_pos, span.data[end_pos - base_pos :], whole=span.whole, end_pos_max=header.end_pos_max):
+        rest = span.data[end_pos - base_pos :]
+        if not span.whole and end_pos < header.end_pos_max and (len(rest) < BATCH_FRAME_BYTES or any(rest)):
+            # A file that is too short, at the place where the next batch would be: that is no torn tail. Whatever was
+            # there counts as written; its whole frames are used.
             proven_pos = header.end_pos_max
-            self._lose(end_pos, proven_pos)
-            self._hurt.append(link.id)
+            for piece in framing.scan(rest, start_pos=end_pos, seed=header.seed, proven_pos=proven_pos):
+                yield from self._take(link, rest, piece)
             self._sync_elder(link)
         elif self._broken:
             # The process went on to a further segment, so it had synced all of this one.
@@ -263,12 +266,6 @@ class LogBoot:
         self._end = _End(proven_pos, span.data, base_pos, tuple(tail))
         if self._broken:
             self._lose_broken(proven_pos)
-
-    def _cut_short(self, end_pos: int, rest: bytes, *, whole: bool, end_pos_max: int) -> bool:
-        """Is the newest file too short, or unreadable, at the place where the next batch would be?"""
-        if whole or end_pos >= end_pos_max:
-            return False
-        return len(rest) < BATCH_FRAME_BYTES or any(rest)
 
     def _sync_elder(self, link: Link) -> None:
         """Sync a file that is trusted to its end for want of anything better (its end is destroyed)."""

@@ -1,0 +1,1 @@
+"""Micro benchmarks of parts, run by hand: python -m tests.bench.NAME."""

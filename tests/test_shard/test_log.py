@@ -1,0 +1,585 @@
+"""The running log: appends, groups, looks, bounds, policies, reads, checkpoints, retention."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fleetlm_shard.disk import OsDisk
+from fleetlm_shard.framing import HEADER_BYTES
+from fleetlm_shard.lanes import thread_lanes
+from fleetlm_shard.log import Durable, Log
+from fleetlm_shard.log_types import (
+    CheckpointRow,
+    GroupTooLarge,
+    LogBusy,
+    LogConfig,
+    LogDiskFull,
+    LogStopped,
+    LogUnreadable,
+    Missing,
+)
+from fleetlm_shard.records import CursorMoved, Damaged, Record, SessionCreated, SlotsOpened
+from fleetlm_shard.recovery import LogBoot
+from tests.support.faults import Op, fail_at
+from tests.support.logkit import SMALL, TestFence, boot_log, message, open_log, run_log, until
+from tests.support.simdisk import NOTHING_KEPT, SimVolume
+
+
+async def test_what_was_appended_is_read_back_in_pages() -> None:
+    """Pages are ascending, contiguous, bounded by count and bytes, and end where the log ends."""
+    opened = await open_log(SimVolume().process("p"), 1)
+    for seq in range(1, 120):
+        await opened.add(message("s", seq, text="x" * (seq % 50)), message(f"other-{seq}", 1))
+    assert opened.log.stats.rotations > 3
+    page = await opened.log.read("s", first_seq=50, limit=7)
+    assert [each.seq for each in page.messages] == list(range(50, 57))
+    assert page.has_more
+    assert not page.missing
+    small = await opened.log.read("s", first_seq=1, limit=100, bytes_max=500)
+    assert 1 <= len(small.messages) <= 3
+    assert small.has_more
+    assert [each.seq for each in await opened.read_all("s", limit=9)] == list(range(1, 120))
+    beyond = await opened.log.read("s", first_seq=120, limit=10)
+    assert (list(beyond.messages), beyond.has_more) == ([], False)
+    assert not (await opened.log.read("nobody", first_seq=1, limit=10)).messages
+
+
+async def test_positions_lead_to_the_records_and_never_come_twice() -> None:
+    """`append` returns the position that `on_durable` and boot name; they ascend."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    given = [opened.log.append(message("s", seq), f"context {seq}") for seq in range(1, 40)]
+    await opened.settle()
+    assert [pos for pos, _, _ in opened.durable] == given == sorted(set(given))
+    assert [context for _, _, context in opened.durable] == [f"context {seq}" for seq in range(1, 40)]
+    await opened.close()
+    again = await open_log(volume.process("q"), 2)
+    assert [pos for pos, _ in again.replayed] == given
+    assert again.log.append(message("s", 40), None) > given[-1]
+
+
+async def test_every_kind_of_record_comes_back() -> None:
+    """Records of all types survive a boot unchanged."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    records: list[Record] = [
+        SlotsOpened(3, [1, 2, 255]),
+        SessionCreated(5, "sé", 1_700_000_000_000_000, b'{"a":1}'),
+        message("sé", 1),
+        CursorMoved(5, "sé", "bob", 1),
+    ]
+    for record in records:
+        opened.log.append(record, None)
+    await opened.settle()
+    volume.power_loss(NOTHING_KEPT)
+    again = await open_log(volume.process("q"), 2)
+    assert [record for _, record in again.replayed] == records
+
+
+async def test_appends_during_a_round_share_the_next_batch() -> None:
+    """The batch size tunes itself: ten appends in one tick are one batch, one sync."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    syncs = sum(op.name == "sync" for op in volume.log)
+    for seq in range(1, 6):
+        opened.log.append(message("s", seq), None)
+    await opened.settle()
+    assert opened.log.stats.batches == 1
+    # One for the batch, one for the segment that is prepared meanwhile.
+    assert sum(op.name == "sync" for op in volume.log) - syncs == 2
+
+
+async def test_a_group_is_never_split() -> None:
+    """A group lies in one batch, opened anew if the current one has no room; one that fits no batch is refused."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 8):
+        opened.log.append(message("s", seq, text="x" * 90), None)
+    group = [message("g", seq, text="y" * 90) for seq in range(1, 6)]
+    positions = opened.log.append_group(group, [None] * 5)
+    sizes = [after - before for before, after in pairwise(positions)]
+    assert len(set(sizes)) == 1, "no BATCH frame stands between the members of a group"
+    with pytest.raises(GroupTooLarge):
+        opened.log.append_group([message("g", seq, text="y" * 900) for seq in range(6, 10)], [None] * 4)
+    with pytest.raises(GroupTooLarge):
+        opened.log.append(message("g", 6, text="z" * SMALL.batch_bytes_max), None)
+    await opened.settle()
+    assert len(opened.acked) == 12
+
+
+async def test_a_full_queue_refuses_and_recovers() -> None:
+    """Past the bounds `LogBusy`, nothing is queued by a refusal; after the disk caught up it goes on."""
+    config = replace(SMALL, queue_records_max=10, queue_bytes_max=8000)
+    opened = await open_log(SimVolume().process("p"), 1, config)
+    for seq in range(1, 11):
+        opened.log.append(message("s", seq), None)
+    with pytest.raises(LogBusy):
+        opened.log.append(message("s", 11), None)
+    with pytest.raises(LogBusy):
+        opened.log.append_group([message("s", 11)], [None])
+    await opened.settle()
+    for seq in range(11, 14):
+        opened.log.append(message("s", seq, text="x" * 2000), None)
+    with pytest.raises(LogBusy):
+        opened.log.append(message("s", 14, text="x" * 2000), None)
+    await opened.settle()
+    assert len(opened.acked) == 13
+
+
+async def test_not_durable_is_not_visible() -> None:
+    """A reader sees nothing of a batch before its round is over."""
+    opened = await open_log(SimVolume().process("p"), 1)
+    opened.log.append(message("s", 1), None)
+    assert not (await opened.log.read("s", first_seq=1, limit=1)).messages or opened.acked
+    await opened.settle()
+    assert (await opened.log.read("s", first_seq=1, limit=1)).messages
+
+
+@pytest.mark.parametrize("step", ["pwrite", "sync", "exists", "free_bytes"])
+async def test_the_first_error_of_a_round_stops_the_log_for_good(step: str) -> None:
+    """A failed write, sync or look acknowledges nothing, then or later; everybody who waits is told, once."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    await opened.add(message("s", 1))
+    volume.hooks.append(fail_at(1, errno.EIO, only={step}))
+    opened.log.append(message("s", 2), None)
+    looks = [asyncio.ensure_future(opened.log.look()) for _ in range(3)]
+    results = await asyncio.gather(*looks, return_exceptions=True)
+    assert all(isinstance(result, LogStopped) for result in results)
+    assert [each.seq for each in opened.acked] == [1]
+    assert len(opened.stopped) == 1
+    with pytest.raises(LogStopped):
+        opened.log.append(message("s", 3), None)
+    with pytest.raises(LogStopped):
+        await opened.log.look()
+    assert [each.seq for each in (await opened.log.read("s", first_seq=1, limit=9)).messages] == [1]
+
+
+async def test_a_failed_sync_is_not_trusted_after_a_restart() -> None:
+    """After a failed sync the kernel calls the lost pages clean: what boot shows is copied and synced anew."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    await opened.add(message("s", 1))
+    volume.hooks.append(fail_at(1, errno.EIO, only={"sync"}))
+    await opened.add(message("s", 2))
+    volume.hooks.clear()
+    volume.kill("p")
+    again = await open_log(volume.process("q"), 2)
+    seen = again.last_seqs()
+    volume.power_loss(NOTHING_KEPT)
+    third = await open_log(volume.process("r"), 3)
+    assert third.last_seqs() == seen
+
+
+async def test_a_look_is_answered_by_one_that_began_after_it() -> None:
+    """A look asked for during a round is not answered by that round's own look."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    loop = asyncio.get_running_loop()
+    late: list[asyncio.Future[None]] = []
+    asked_at: list[int] = []
+
+    def during(op: Op) -> None:
+        if op.name == "exists" and not late:
+            late.append(loop.create_task(opened.log.look()))
+            asked_at.append(len(volume.log))
+
+    volume.hooks.append(during)
+    await opened.log.look()
+    await late[0]
+    assert any(op.name == "exists" for op in volume.log[asked_at[0] :])
+
+
+async def test_full_disk_refuses_appends_and_resumes() -> None:
+    """Below the reserve appends are refused with nothing broken; with space again they go on."""
+    volume = SimVolume(capacity_bytes=120_000)
+    config = replace(SMALL, reserve_bytes=40_000, idle_s=0.01)
+    opened = await open_log(volume.process("p"), 1, config)
+    seq = 0
+
+    async def fill() -> None:
+        nonlocal seq
+        while True:
+            opened.log.append(message("s", seq + 1, text="x" * 1000), None)
+            seq += 1
+            await opened.settle()
+
+    with pytest.raises(LogDiskFull):
+        await fill()
+    assert not opened.stopped
+    assert len(opened.acked) == seq
+    # The reserve is for these.
+    await opened.checkpoint()
+    await opened.checkpoint()
+    await opened.log.look()
+    assert await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0)
+    rounds = opened.log.stats.rounds
+    await until(lambda: opened.log.stats.rounds >= rounds + 3)
+    opened.log.append(message("s", seq + 1), None)
+    await opened.settle()
+    assert opened.acked[-1].seq == seq + 1
+    await opened.close()
+
+
+async def test_an_idle_log_looks_and_writes_one_mark() -> None:
+    """Idle, it looks each interval; one mark proves what was acknowledged, and no second one follows."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1, replace(SMALL, idle_s=0.005))
+    await opened.add(message("s", 1))
+    rounds = opened.log.stats.rounds
+    await until(lambda: opened.log.stats.rounds >= rounds + 10)
+    assert opened.log.stats.marks == 1
+    # A flipped byte in the last record is now known to be damage, not a torn tail.
+    volume.kill("p")
+    pos = opened.durable[0][0]
+    volume.flip("log/0000000001-0000000001.seg", HEADER_BYTES + pos + 60)
+    again = await open_log(volume.process("q"), 2)
+    assert again.next_seq("s") == 2
+    assert [each.lost_max for each in again.boot.damage] == [1]
+
+
+async def test_interval_policy_acknowledges_first_and_syncs_soon() -> None:
+    """`interval`: durable means written; a sync follows on its own, and a kill loses nothing."""
+    volume = SimVolume()
+    config = replace(SMALL, fsync="interval", fsync_interval_ms=5)
+    opened = await open_log(volume.process("p"), 1, config)
+
+    def own_syncs() -> int:
+        return sum(op.name == "sync" and op.path == "log/tmp-0000000001-0000000001" for op in volume.log)
+
+    syncs = own_syncs()
+    await opened.add(message("s", 1))
+    assert [each.seq for each in opened.acked] == [1]
+    await until(lambda: own_syncs() > syncs)
+    volume.power_loss(NOTHING_KEPT)
+    again = await open_log(volume.process("q"), 2, config)
+    assert again.last_seqs() == {"s": 1}
+
+
+@pytest.mark.parametrize("fsync", ["interval", "never"])
+async def test_lazy_policies_lose_a_suffix_only(fsync: str) -> None:
+    """Without a sync a power loss takes the end of the log, never the middle, and is not called damage."""
+    volume = SimVolume()
+    config = replace(SMALL, fsync=fsync, fsync_interval_ms=3_600_000)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    opened = await open_log(volume.process("p"), 1, config)
+    for seq in range(1, 60):
+        await opened.add(message("s", seq, text="x" * 100))
+    for loss in volume.losses():
+        twin = volume.copy()
+        twin.power_loss(loss)
+        again = await open_log(twin.process("q"), 2, config)
+        assert not again.boot.damage, loss.name
+        got = [each.seq for each in again.messages()]
+        assert got == list(range(1, len(got) + 1)), loss.name
+
+
+async def test_a_checkpoint_shortens_boot_and_keeps_the_key_window() -> None:
+    """Boot hands out only what follows the checkpoint or the window's start; rows come from the table."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 100):
+        await opened.add(message("s", seq, text="x" * 60), message(f"t{seq}", 1))
+    await opened.checkpoint(keys_from_pos=opened.durable[-20][0])
+    await opened.add(message("s", 100))
+    volume.kill("p")
+    again = await open_log(volume.process("q"), 2)
+    meta = again.boot.checkpoint
+    assert meta is not None
+    assert len(again.replayed) < 60
+    assert meta.keys_from_pos <= opened.durable[-20][0]
+    assert again.last_seqs()["s"] == 100
+    assert len(list(again.boot.rows())) == 100
+    assert [session for session, _ in again.boot.rows("t90")] == [f"t{n}" for n in range(91, 100)]
+    row = again.log.row("t5")
+    assert row is not None
+    assert (row.first_seq, row.last_seq, row.metadata) == (1, 1, b"{}")
+    assert again.log.row("nobody") is None
+
+
+async def test_checkpoints_merge_and_older_ones_go() -> None:
+    """Each carries all rows; only the two newest files stay."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for number in range(300):
+        await opened.add(message(f"s{number:03d}", 1))
+    await opened.checkpoint()
+    for round_number in range(2, 5):
+        await opened.add(message("s007", round_number), message(f"new{round_number}", 1))
+        pos = opened.log.durable_pos
+        rows = opened.note_rows()
+        changed = {session: rows[session] for session in ("s007", f"new{round_number}")}
+        await opened.log.checkpoint(changed, pos=pos, keys_from_pos=pos, opened={})
+    rows = dict(opened.log.rows())
+    assert len(rows) == 303
+    assert rows["s007"].last_seq == 4
+    assert rows["s299"].last_seq == 1
+    await opened.log.look()
+    await opened.close()
+    assert sum(path.endswith(".ckpt") for path in volume.paths()) == 2
+
+
+async def test_a_second_checkpoint_at_once_is_refused_and_a_failed_one_changes_nothing() -> None:
+    """At most one at a time; an error of the disk leaves the last one in force and the log running."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    await opened.add(message("s", 1))
+    running = asyncio.ensure_future(opened.checkpoint())
+    await asyncio.sleep(0)
+    with pytest.raises(LogBusy):
+        await opened.checkpoint()
+    await running
+    await opened.add(message("s", 2))
+    volume.hooks.append(fail_at(1, errno.ENOSPC, only={"create"}))
+    with pytest.raises(OSError, match="No space"):
+        await opened.checkpoint()
+    assert opened.log.row("s") == CheckpointRow(
+        1, 1, opened.durable[0][0], 1, opened.durable[0][0], message("s", 1).inserted_at_us, b"{}", {}
+    )
+    await opened.add(message("s", 3))
+    await opened.checkpoint()
+    assert opened.log.stats.checkpoint_failures == 1
+
+
+async def test_a_damaged_newest_checkpoint_costs_time_only() -> None:
+    """With one byte of it wrong, boot takes the one before and reads more."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 60):
+        await opened.add(message("s", seq, text="x" * 100))
+        if seq in {20, 40}:
+            await opened.checkpoint()
+    await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0)
+    await opened.close()
+    newest = [path for path in volume.paths() if path.endswith(".ckpt")][-1]
+    volume.flip(newest, 40)
+    again = await open_log(volume.process("q"), 2)
+    assert again.last_seqs() == {"s": 59}
+    assert newest in again.boot.strays
+    assert not again.boot.damage
+
+
+async def test_retention_drops_old_segments_and_says_where_the_log_begins() -> None:
+    """By size and by age; only below both checkpoints; readers get the trimmed range; a reboot agrees."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 100):
+        await opened.add(message("s", seq, text="x" * 100, at_us=seq * 1_000_000), *([message("old", 1)] * (seq == 1)))
+    assert not await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0), "no checkpoint covers anything"
+    await opened.checkpoint()
+    assert not await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0), "one checkpoint is no spare"
+    await opened.checkpoint()
+    assert not await opened.log.trim(max_bytes=1 << 30, max_age_s=1000, now_ms=100_000)
+    assert await opened.log.trim(max_bytes=None, max_age_s=70, now_ms=100_000)
+    by_age = opened.log.trim_pos
+    assert by_age > 0
+    assert await opened.log.trim(max_bytes=2 * SMALL.segment_bytes, max_age_s=None, now_ms=0)
+    assert opened.log.trim_pos > by_age
+    assert opened.log.stats.segment_bytes <= 2 * SMALL.segment_bytes
+    first = await opened.log.earliest("s")
+    assert first is not None
+    assert first[1] >= opened.log.trim_pos
+    page = await opened.log.read("s", first_seq=1, limit=3)
+    assert list(page.missing) == [Missing(1, first[0] - 1, "trimmed")]
+    assert page.messages[0].seq == first[0]
+    assert await opened.log.earliest("old") is None
+    await opened.close()
+    again = await open_log(volume.process("q"), 2)
+    assert again.log.trim_pos == opened.log.trim_pos
+    assert await again.log.earliest("s") == first
+    assert again.last_seqs() == {"s": 99, "old": 1}
+    assert not again.boot.damage
+
+
+async def test_a_read_beside_retention_is_not_called_damage() -> None:
+    """A segment that is deleted while it is read leads to a second try, not to damage."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 100):
+        await opened.add(message("s", seq, text="x" * 100))
+    await opened.checkpoint()
+    await opened.checkpoint()
+    reading = asyncio.ensure_future(opened.log.read("s", first_seq=1, limit=5))
+    await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0)
+    page = await reading
+    assert not opened.log.damage
+    assert all(each.reason == "trimmed" for each in page.missing)
+
+
+async def test_damage_found_by_a_reader_is_said_and_kept_aside() -> None:
+    """Rot in a sealed segment: that message is missing as damaged, the rest is there, the bytes are kept."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 60):
+        await opened.add(message("s", seq, text="x" * 100))
+    volume.flip("log/0000000001-0000000001.seg", HEADER_BYTES + opened.durable[4][0] + 100)
+    page = await opened.log.read("s", first_seq=1, limit=10)
+    assert [each.seq for each in page.messages] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert list(page.missing) == [Missing(5, 5, "damaged")]
+    assert opened.log.damage
+    await opened.log.read("s", first_seq=1, limit=10)
+    assert len(opened.log.damage) == 1
+    await opened.close()
+    assert "aside/0000000001-0000000001.seg" in volume.paths()
+
+
+async def test_a_damaged_index_is_built_again() -> None:
+    """An index is derived: with a wrong byte, or gone, reads find everything all the same."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 60):
+        await opened.add(message("s", seq, text="x" * 100))
+    indexes = [path for path in volume.paths() if path.endswith(".idx")]
+    volume.flip(indexes[0], 30)
+    volume.drop_name(indexes[1])
+    assert [each.seq for each in await opened.read_all("s")] == list(range(1, 60))
+    assert not opened.log.damage
+
+
+async def test_an_index_names_what_was_lost() -> None:
+    """Damage in a sealed segment that boot reads: the index says which messages it held, nothing is skipped."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    for seq in range(1, 40):
+        await opened.add(message("s", seq, text="x" * 100))
+    await opened.close()
+    volume.flip("log/0000000001-0000000001.seg", HEADER_BYTES + opened.durable[4][0] + 100)
+    again = await open_log(volume.process("q"), 2)
+    assert [each.lost_max for each in again.boot.damage] == [0]
+    assert again.next_seq("s") == 40
+    assert again.next_seq("unknown") == 1
+    third = await open_log(volume.process("r"), 3)
+    assert third.boot.damage == again.boot.damage
+    damaged = [record for _, record in third.replayed if isinstance(record, Damaged)]
+    assert len(damaged) == 1
+
+
+async def test_files_of_others_are_refused_or_left_alone() -> None:
+    """A segment of another shard refuses the boot; unknown names are strays; temporary files of elders go."""
+    volume = SimVolume()
+    disk = volume.process("p")
+    opened = await open_log(disk, 1)
+    await opened.add(message("s", 1))
+    disk.create("log/notes.txt").close()
+    disk.create("log/tmp-0000000001-0000000099").close()
+    volume.kill("p")
+    other = TestFence(volume.process("x"), 2, shard="shard-9")
+    with pytest.raises(LogUnreadable, match="shard-0"):
+        LogBoot.open(other.disk, other, SMALL, entropy=random.Random(1))
+    again = await open_log(volume.process("q"), 2)
+    assert again.boot.strays == ["log/notes.txt"]
+    await again.close()
+    assert not any("tmp-" in path for path in volume.paths())
+    assert "log/notes.txt" in volume.paths()
+
+
+async def test_an_elders_late_writes_are_never_read() -> None:
+    """A frozen elder, continued after the younger's cut: its batches, rotation, index, nothing of it is read."""
+    volume = SimVolume()
+    elder_disk = volume.process("elder")
+    elder = await open_log(elder_disk, 1)
+    await elder.add(*[message("s", seq, text="x" * 100) for seq in range(1, 5)])
+    younger_disk = volume.process("younger")
+    younger_disk.create("term-0000000002").close()
+    booted = boot_log(younger_disk, 2)
+    assert len(booted[1]) == 4
+    # The elder does not know: it goes on as if it had not been frozen, also past the end of its segment.
+    elder.fence.look = lambda: None  # type: ignore[method-assign]
+    for seq in range(5, 80):
+        await elder.add(message("s", seq, text="late" * 30))
+    assert elder.log.stats.rotations
+    await elder.log.look()
+    assert any(path.endswith("0000000001.idx") for path in volume.paths()), "it sealed its segment"
+    younger = run_log(*booted)
+    await younger.add(message("s", 5, text="young"))
+    await younger.close()
+    third = await open_log(volume.process("third"), 3)
+    assert third.last_seqs() == {"s": 5}
+    found = await third.read_all("s")
+    assert [each.seq for each in found] == [1, 2, 3, 4, 5]
+    assert b"young" in found[-1].json
+    assert not third.boot.damage
+    assert any(path.startswith("log/0000000001-") for path in third.boot.strays)
+
+
+async def test_a_frozen_elder_answers_nothing_when_it_is_continued() -> None:
+    """SIGSTOP before any operation of an append, a younger boots, SIGCONT: nothing more is acknowledged, one stop."""
+    for number in range(1, 6):
+        volume = SimVolume()
+        disk = volume.process("elder")
+        opened = await open_log(disk, 1)
+        await opened.add(message("s", 1))
+        ran: list[int] = []
+
+        def younger_boots(op: Op, number: int = number, ran: list[int] = ran, volume: SimVolume = volume) -> None:
+            if op.process != "elder":
+                return
+            ran.append(1)
+            if len(ran) == number:
+                door = volume.process("younger")
+                door.create("term-0000000002").close()
+                fence = TestFence(door, 2)
+                boot = LogBoot.open(door, fence, SMALL, entropy=random.Random(2))
+                assert list(boot.replay())
+                boot.cut()
+
+        volume.hooks.append(younger_boots)
+        opened.log.append(message("s", 2), None)
+        await until(lambda: bool(opened.stopped))
+        with pytest.raises(LogStopped):
+            await opened.log.look()
+        if number <= 3:  # pwrite, sync, look
+            assert [each.seq for each in opened.acked] == [1], number
+
+
+async def test_with_threads_on_a_real_disk_all_is_the_same(tmp_path: Path) -> None:
+    """The same log with real threads and files: concurrent appends, reads, close, boot."""
+    disk = OsDisk(tmp_path)
+    config = LogConfig(
+        segment_bytes=256 * 1024, boot_segment_bytes=128 * 1024, batch_bytes_max=32 * 1024, reserve_bytes=0
+    )
+    loop = asyncio.get_running_loop()
+    boot = LogBoot.open(disk, TestFence(disk, 1), config, entropy=random.Random(1))
+    assert boot.empty
+    assert not list(boot.replay())
+    durable: list[Durable] = []
+    stopped: list[BaseException] = []
+    syncs: list[float] = []
+    log = Log(
+        boot.cut(),
+        lanes=thread_lanes(loop, readers=2),
+        loop=loop,
+        on_durable=durable.extend,
+        on_stopped=stopped.append,
+        observe_sync=syncs.append,
+    )
+    log.start()
+
+    async def writer(session: str) -> None:
+        for seq in range(1, 101):
+            log.append(message(session, seq, text="x" * 100), None)
+            await log.look()
+            page = await log.read(session, first_seq=seq, limit=5)
+            assert [each.seq for each in page.messages] == [seq]
+
+    await asyncio.gather(*(writer(f"s{number}") for number in range(20)))
+    assert log.stats.rotations >= 2
+    assert len(durable) == 2000
+    assert syncs
+    await log.close()
+    assert not stopped
+    again = LogBoot.open(disk, TestFence(disk, 2), config, entropy=random.Random(2))
+    assert sum(1 for _ in again.replay()) == 2000
+    assert not again.damage
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    """A segment must hold two full batches."""
+    with pytest.raises(ValueError, match="two batches"):
+        LogConfig(segment_bytes=8192, batch_bytes_max=8192)
