@@ -108,10 +108,11 @@ async def measure(folder: Path, *, concurrency: int, seconds: float, fsync: Fsyn
         profiler.disable()
         profiler.print_stats("tottime")
     stats = log.stats
+    sync_us = sum(writers.syncs) / max(len(writers.syncs), 1) * 1e6
     print(  # noqa: T201
         f"{fsync} concurrency {concurrency:5d}: {writers.done / took_s:9.0f} appends/s, "
         f"{stats.appended_records / max(stats.batches, 1):7.1f} a batch, "
-        f"cpu {cpu_s / writers.done * 1e6:6.2f} us each, sync mean {sum(writers.syncs) / max(len(writers.syncs), 1) * 1e6:6.0f} us"
+        f"cpu {cpu_s / writers.done * 1e6:6.2f} us each, sync mean {sync_us:6.0f} us"
     )
     await log.close()
 
