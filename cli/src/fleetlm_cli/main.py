@@ -12,7 +12,11 @@ from typing import Annotated
 
 import typer
 
+from fleetlm_cli.append import append
+from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
+from fleetlm_cli.sessions import sessions
+from fleetlm_cli.tail import tail
 from fleetlm_cli.up import up
 
 app = typer.Typer(
@@ -34,6 +38,10 @@ def options(
 
 
 app.command()(up)
+app.command()(append)
+app.command()(tail)
+app.command()(sessions)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@
 Guide: docs/client.md. Errors: `fleetlm_client.errors` and `fleetlm_common.errors`, all importable from here.
 """
 
-from fleetlm_client.client import Client, connect
+from fleetlm_client.client import Client, connect, connect_rest
 from fleetlm_client.drafts import NewMessage
 from fleetlm_client.errors import ClientClosed, ConnectionRefused, NotReachable, NotSent, OutcomeUnknown
 from fleetlm_client.events import (
@@ -76,4 +76,5 @@ __all__ = [
     "TryAgain",
     "Unauthenticated",
     "connect",
+    "connect_rest",
 ]

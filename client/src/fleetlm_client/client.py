@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
@@ -363,6 +364,34 @@ def connect(
         entropy=entropy or random.SystemRandom(),
         clock=clock or SystemClock(),
     )
+
+
+@asynccontextmanager
+async def connect_rest(
+    url: str,
+    *,
+    participant_id: str,
+    participant_kind: SenderKind = "human",
+    headers: dict[str, str] | None = None,
+    settings: Settings | None = None,
+    entropy: random.Random | None = None,
+    clock: Clock | None = None,
+) -> AsyncGenerator[Rest]:
+    """The REST API alone, without a socket. See `Client` for the arguments.
+
+    Raises:
+        Invalid: names the argument.
+    """
+    address = parse(url)
+    async with aiohttp.ClientSession(headers=headers) as http:
+        yield Rest(
+            http,
+            address,
+            participant=(checked_id(participant_id, "participant_id"), participant_kind),
+            settings=settings or Settings(),
+            entropy=entropy or random.SystemRandom(),
+            clock=clock or SystemClock(),
+        )
 
 
 def _seconds(value: str | None) -> float:
