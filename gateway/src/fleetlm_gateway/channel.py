@@ -203,7 +203,7 @@ class Channel:
         socket = self._socket
         # A page is large: few at a time, and none for a socket that does not take what it has.
         async with socket.pages:
-            await socket.room()
+            await socket.out.room()
             page = await socket.hub.boundary.read(
                 self._session, after=asked.after, before=asked.before, limit=asked.limit
             )
@@ -236,10 +236,10 @@ class Channel:
     def deliver(self, first_seq: int, count: int, body: bytes, /) -> bool:
         """Push messages, unless the socket is full."""
         socket = self._socket
-        if socket.is_full():
-            socket.starve(self)
+        if socket.out.is_full():
+            socket.out.starve(self)
             return False
-        socket.send_messages(self._head, body)
+        socket.out.send_messages(self._head, body)
         socket.hub.metrics.delivered.inc(count)
         return True
 
@@ -254,7 +254,7 @@ class Channel:
 
     def read(self, participant: str, last_read_seq: int, /) -> None:
         """Push a read cursor, unless the socket is full: it is a hint, and the next one says more."""
-        if self._socket.is_full():
+        if self._socket.out.is_full():
             self._socket.hub.metrics.hints_dropped.inc()
             return
         self._push(b"read", payloads.read_body(participant, last_read_seq))
@@ -272,7 +272,7 @@ class Channel:
             error = Invalid("the ring does not hold what this reader has seen", reason=reason, field="cursor")
         elif reason == "draining":
             error = TryAgain("this gateway is leaving", reason="draining", retry_after_ms=socket.hub.retry_after_ms)
-        socket.send(phoenix.ended(self.join_ref, self.text, b"phx_error", payloads.error_body(error)))
+        socket.out.send(phoenix.ended(self.join_ref, self.text, b"phx_error", payloads.error_body(error)))
 
     def resume(self) -> None:
         """There is room again."""
@@ -285,7 +285,7 @@ class Channel:
             self._push(b"draining", b'{"retry_after_ms":%d}' % retry_after_ms)
 
     def _push(self, event: bytes, payload: bytes) -> None:
-        self._socket.send(phoenix.push(self.join_ref, self.text, event, payload))
+        self._socket.out.send(phoenix.push(self.join_ref, self.text, event, payload))
 
 
 def malformed_payload() -> Invalid:

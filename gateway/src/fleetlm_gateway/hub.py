@@ -22,6 +22,7 @@ from fleetlm_gateway.metrics import OuterMetrics
 from fleetlm_gateway.websocket import CLOSE_LINGER_S
 
 if TYPE_CHECKING:
+    from fleetlm_gateway.outflow import Outflow
     from fleetlm_gateway.websocket import Socket
 
 
@@ -60,7 +61,7 @@ class Hub:
         self._entropy = entropy
         self._loop = asyncio.get_running_loop()
         self._sockets: set[Socket] = set()
-        self._dirty: list[Socket] = []
+        self._dirty: list[Outflow] = []
         self._empty = asyncio.Event()
 
     def admit(self) -> None:
@@ -89,16 +90,16 @@ class Hub:
         if not self._sockets:
             self._empty.set()
 
-    def flush_later(self, socket: Socket) -> None:
+    def flush_later(self, out: Outflow) -> None:
         """Flush it at the end of this tick: one call of the loop for all that were written to."""
         if not self._dirty:
             self._loop.call_soon(self._flush)
-        self._dirty.append(socket)
+        self._dirty.append(out)
 
     def _flush(self) -> None:
         dirty, self._dirty = self._dirty, []
-        for socket in dirty:
-            socket.flush()
+        for out in dirty:
+            out.flush()
 
     def fault(self, error: BaseException) -> None:
         """Say that something of ours broke."""

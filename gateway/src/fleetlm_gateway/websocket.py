@@ -1,13 +1,12 @@
 """One client's WebSocket: bytes in and out, routing of frames to channels, limits, and its end.
 
-Callbacks, not tasks: a frame is read, routed and (an append) handed on within `data_received`; what is sent during a
-tick leaves in one write. A socket that does not take what it is sent is *full*: nothing more is read from it, its
-channels refuse deliveries (the inner half replays them later from their cursors), and it is closed when that lasts.
+Callbacks, not tasks: a frame is read, routed and (an append) handed on within `data_received`. A socket that does not
+take what it is sent is *full* (`outflow.py`): nothing more is read from it, and it is closed when that lasts.
 
 Promise: memory of a socket is bounded by `write_buffer_bytes`, one page for each of `PAGES_MAX` and
 `request_bytes_per_socket`; nothing that one client sends or does not read disturbs another; every request is answered
 once on its ref while the socket lives; whatever ends it has a close code of `closing.py`.
-Must not be done here: sessions (`channel.py`), frames' bytes (`wsframes.py`, `phoenix.py`), who may connect.
+Must not be done here: sessions (`channel.py`), bytes (`wsframes.py`, `phoenix.py`, `outflow.py`), who may connect.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from fleetlm_common.limits import FRAME_BYTES_MAX
 from fleetlm_gateway import closing, payloads, phoenix, wsframes
 from fleetlm_gateway.channel import EVENTS, Channel, Request, malformed_payload, unmatched
 from fleetlm_gateway.closing import CloseReason
+from fleetlm_gateway.outflow import Outflow
 
 if TYPE_CHECKING:
     from fleetlm_gateway.hub import Hub
@@ -32,9 +32,6 @@ PAGES_MAX: Final = 4
 """Replay pages of one socket under way at once: each may be a mebibyte."""
 CLOSE_LINGER_S: Final = 2.0
 """From our close frame to the end of the connection, if the client does not end it: a round trip, generously."""
-FLUSH_BYTES: Final = 64 * 1024
-"""Answers made within one tick are written when they are so many, so that a full buffer stops the reading at once; and
-from this size on parts are handed over one by one instead of being copied together."""
 _SESSION_TOPIC: Final = "session:"
 _INBOX_TOPIC: Final = "inbox:"
 _LABELS: Final = EVENTS | {"phx_join", "phx_leave", "heartbeat"}
@@ -52,29 +49,20 @@ class Socket(asyncio.Protocol):
     __slots__ = (
         "_closing",
         "_deaf",
-        "_dirty",
-        "_drained_bytes",
         "_finishing",
-        "_full_since_s",
         "_heard_s",
         "_loop",
         "_outstanding",
         "_outstanding_bytes",
-        "_pending",
-        "_pending_bytes",
-        "_progress_s",
         "_reader",
         "_refilled_s",
-        "_room",
-        "_sent_bytes",
-        "_starved",
         "_tasks",
         "_timer",
         "_tokens",
         "_transport",
         "channels",
-        "full",
         "hub",
+        "out",
         "pages",
         "principal",
     )
@@ -83,24 +71,16 @@ class Socket(asyncio.Protocol):
         self.hub = hub
         self.principal = principal
         self.channels: dict[str, Channel] = {}
-        self.full = False
+        self.out = Outflow(hub, on_room=self._refill)
         self.pages = asyncio.Semaphore(PAGES_MAX)
         self._loop = asyncio.get_running_loop()
         self._reader = wsframes.Reader(frame_bytes_max=FRAME_BYTES_MAX)
         self._transport: asyncio.Transport | None = None
-        self._pending: list[bytes] = []
-        self._pending_bytes = 0
-        self._sent_bytes = 0
-        self._dirty = False
         self._outstanding = 0
         self._outstanding_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starved: dict[Channel, None] = {}
-        self._room: asyncio.Future[None] | None = None
         self._heard_s = self._refilled_s = hub.clock.monotonic_s()
         self._tokens = float(hub.config.frames_burst)
-        self._full_since_s = self._progress_s = 0.0
-        self._drained_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closing: CloseReason | None = None
         self._finishing = False
@@ -112,8 +92,7 @@ class Socket(asyncio.Protocol):
         """The upgrade is done."""
         # uvloop's transports are no subclasses of asyncio's: a cast, never an isinstance.
         self._transport = cast("asyncio.Transport", transport)
-        high = self.hub.config.write_buffer_bytes
-        self._transport.set_write_buffer_limits(high=high, low=high // 4)
+        self.out.open(self._transport)
         self.hub.add(self)
         self._arm(self.hub.config.heartbeat_timeout_ms / 1000)
 
@@ -131,35 +110,24 @@ class Socket(asyncio.Protocol):
         self._end()
 
     def pause_writing(self) -> None:
-        """More than `write_buffer_bytes` wait: the socket is full."""
+        """More than `write_buffer_bytes` wait: nothing more is read from who does not take what it has."""
         if self._transport is None:
             return
-        self.full = True
-        self.hub.metrics.sockets_full.inc()
-        self._full_since_s = self._progress_s = self.hub.clock.monotonic_s()
-        self._drained_bytes = self._drained()
+        self.out.filled()
         if self._closing is None:
             self._transport.pause_reading()
             self._arm(self._stall_look_s())
 
     def resume_writing(self) -> None:
         """Most of it has left."""
-        if not self.full:
-            return
-        self._no_longer_full()
-        if self._closing is None and self._transport is not None:
-            self._heard_s = self.hub.clock.monotonic_s()
-            self._arm(self.hub.config.heartbeat_timeout_ms / 1000)
-            # Not within this call: the transport may be in the middle of a write of ours.
-            self._loop.call_soon(self._refill)
+        self.out.drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
-        self._pending.clear()
-        self._no_longer_full()
+        self.out.lost()
         self._end_channels()
         self.hub.forget(self, "lost" if self._closing is None else self._closing.name)
 
@@ -173,7 +141,7 @@ class Socket(asyncio.Protocol):
         self._refilled_s = now_s
         counted = begun = reader.frames
         try:
-            while not self.full or self._closing is not None:
+            while not self.out.full or self._closing is not None:
                 found = reader.next()
                 self._tokens -= reader.frames - counted
                 counted = reader.frames
@@ -198,12 +166,11 @@ class Socket(asyncio.Protocol):
             return
         elif opcode == wsframes.TEXT:
             self._on_text(payload, now_s)
-            if self._pending_bytes > FLUSH_BYTES:
-                self.flush()
+            self.out.flush_if_much()
         elif opcode == wsframes.BINARY:
             self.close(closing.BINARY)
         elif opcode == wsframes.PING:
-            self._write(wsframes.control(wsframes.PONG, payload))
+            self.out.write(wsframes.control(wsframes.PONG, payload))
 
     def _on_text(self, data: bytes, now_s: float) -> None:
         try:
@@ -254,7 +221,7 @@ class Socket(asyncio.Protocol):
         elif frame.event == "phx_leave":
             self._end_channel(channel, frame.topic)
             self.answer_ok(request, _EMPTY)
-            self.send(phoenix.ended(channel.join_ref, channel.text, b"phx_close"))
+            self.out.send(phoenix.ended(channel.join_ref, channel.text, b"phx_close"))
         else:
             channel.handle(request, frame.payload)
 
@@ -281,68 +248,11 @@ class Socket(asyncio.Protocol):
             return
         if elder is not None:
             self._end_channel(elder, frame.topic)
-            self.send(phoenix.ended(elder.join_ref, elder.text, b"phx_close"))
+            self.out.send(phoenix.ended(elder.join_ref, elder.text, b"phx_close"))
         channel = self.channels[frame.topic] = Channel(self, session=session, topic=frame.topic, join=request)
         channel.open(start)
 
-    # -- writing
-
-    def is_full(self) -> bool:
-        """Whether deliveries are refused."""
-        return self.full or self._pending_bytes > self.hub.config.write_buffer_bytes
-
-    def starve(self, channel: Channel) -> None:
-        """Remember who to call when there is room again."""
-        self._starved[channel] = None
-        self.mark_dirty()
-
-    async def room(self) -> None:
-        """Wait while the socket is full. Cancel-safe."""
-        while self.full:
-            if self._room is None:
-                self._room = self._loop.create_future()
-            await asyncio.shield(self._room)
-
-    def send(self, frame: bytes) -> None:
-        """Send a text frame at the end of this tick."""
-        self._pending.append(wsframes.text_head(len(frame)))
-        self._write(frame)
-
-    def send_messages(self, head: bytes, body: bytes) -> None:
-        """Send a push whose `body` is shared with other sockets."""
-        size = len(head) + len(body) + len(phoenix.MESSAGES_TAIL)
-        self._pending += (wsframes.text_head(size), head, body)
-        self._pending_bytes += size
-        self._write(phoenix.MESSAGES_TAIL)
-
-    def _write(self, data: bytes) -> None:
-        self._pending.append(data)
-        self._pending_bytes += len(data)
-        self.mark_dirty()
-
-    def mark_dirty(self) -> None:
-        """Have `flush` called at the end of this tick."""
-        if not self._dirty:
-            self._dirty = True
-            self.hub.flush_later(self)
-
-    def flush(self) -> None:
-        """Hand what is pending to the transport."""
-        self._dirty = False
-        pending, size = self._pending, self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
-        if self._transport is None or self._transport.is_closing():
-            return
-        if pending:
-            self._sent_bytes += size
-            self.hub.metrics.bytes_sent.inc(size)
-            if size > FLUSH_BYTES:
-                self._transport.writelines(pending)
-            else:
-                self._transport.write(b"".join(pending))
-        if self._starved and not self.full:
-            # Refused within one tick for what was pending only; it has been taken.
-            self._loop.call_soon(self._refill)
+    # -- answers
 
     def answer_ok(self, request: Request, body: bytes) -> None:
         """Answer a request that was done; `body` is a JSON object."""
@@ -360,27 +270,19 @@ class Socket(asyncio.Protocol):
         hub.metrics.answered(request.event, outcome, hub.clock.monotonic_s() - request.started_s)
         if self._transport is None or self._closing is not None:
             return
-        self.send(frame)
+        self.out.send(frame)
         if self._finishing and not self._outstanding:
             self.close(closing.DRAINING)
 
     def _refill(self) -> None:
         """There is room: replay whom it was refused, go on with what had arrived."""
-        if self.full or self._transport is None or self._closing is not None:
+        if self.out.full or self._transport is None or self._closing is not None:
             return
+        self._heard_s = self.hub.clock.monotonic_s()
+        self._arm(self.hub.config.heartbeat_timeout_ms / 1000)
         self._transport.resume_reading()
-        starved, self._starved = self._starved, {}
-        for channel in starved:
-            channel.resume()
-        self._pump(self.hub.clock.monotonic_s())
-
-    def _no_longer_full(self) -> None:
-        if self.full:
-            self.full = False
-            self.hub.metrics.sockets_full.dec()
-        if self._room is not None:
-            room, self._room = self._room, None
-            room.set_result(None)
+        self.out.feed_starved()
+        self._pump(self._heard_s)
 
     # -- time
 
@@ -392,12 +294,8 @@ class Socket(asyncio.Protocol):
     def _look(self) -> None:
         """Close who is silent or takes nothing; else look again when that could be."""
         now_s, config = self.hub.clock.monotonic_s(), self.hub.config
-        if self.full:
-            drained = self._drained()
-            if drained > self._drained_bytes:
-                self._drained_bytes, self._progress_s = drained, now_s
-            stalled = now_s - self._progress_s >= config.stall_ms / 1000
-            if stalled or now_s - self._full_since_s >= config.lag_ms / 1000:
+        if self.out.full:
+            if self.out.stalled(now_s):
                 self.close(closing.SLOW_READER)
             else:
                 self._arm(self._stall_look_s())
@@ -410,11 +308,6 @@ class Socket(asyncio.Protocol):
 
     def _stall_look_s(self) -> float:
         return min(self.hub.config.stall_ms, self.hub.config.lag_ms) / 4000
-
-    def _drained(self) -> int:
-        """Bytes that the network has taken so far."""
-        waiting = 0 if self._transport is None else self._transport.get_write_buffer_size()
-        return self._sent_bytes - waiting
 
     # -- the end
 
@@ -435,8 +328,8 @@ class Socket(asyncio.Protocol):
             return
         self._closing = reason
         self._end_channels()
-        self._write(wsframes.close(reason.code, f"{reason.name}: {detail or reason.message}"))
-        self.flush()
+        self.out.write(wsframes.close(reason.code, f"{reason.name}: {detail or reason.message}"))
+        self.out.flush()
         # Read on: closing with unread bytes would reset the connection and take our close frame with it.
         self._transport.resume_reading()
         self._arm_end()
@@ -445,8 +338,8 @@ class Socket(asyncio.Protocol):
         if self._closing is None:
             self._closing = closing.NORMAL
             self._end_channels()
-            self._write(wsframes.control(wsframes.CLOSE, payload[:2]))
-            self.flush()
+            self.out.write(wsframes.control(wsframes.CLOSE, payload[:2]))
+            self.out.flush()
         self._deaf = True
         self._end()
 
@@ -473,13 +366,12 @@ class Socket(asyncio.Protocol):
                 return
 
     def _end_channel(self, channel: Channel, topic: str) -> None:
-        self._starved.pop(channel, None)
+        self.out.spare(channel)
         del self.channels[topic]
         channel.close()
 
     def _end_channels(self) -> None:
         channels, self.channels = self.channels, {}
-        self._starved.clear()
         for channel in channels.values():
             channel.close()
         for task in self._tasks:
