@@ -74,11 +74,16 @@ async def until(holds: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def rig(
-    *, shards: int = 1, slots: int = 8, connect: Connect = connect_tcp, seed: int = 1
+    *,
+    shards: int = 1,
+    slots: int = 8,
+    seed: int = 1,
+    connect: Connect = connect_tcp,
+    control_kind: type[MemoryControlPlane] = MemoryControlPlane,
 ) -> AsyncGenerator[Rig, None]:
     """Fake shards, a control plane in memory and a started boundary with all its links up."""
     world = World(shards, slots=slots)
-    control = MemoryControlPlane(RingSpec(RING_UID, slots, shards))
+    control = control_kind(RingSpec(RING_UID, slots, shards))
     registry = CollectorRegistry()
     boundary = Boundary(
         gateway="gateway-0",

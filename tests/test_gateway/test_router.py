@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 
 from fleetlm_common import rpc
-from fleetlm_common.errors import Invalid, TryAgain
-from fleetlm_common.ids import SessionId
+from fleetlm_common.control import ShardEndpoint, View
+from fleetlm_common.errors import Invalid, Moved, TryAgain
+from fleetlm_common.ids import SessionId, Term
 from fleetlm_common.limits import REQUEST_DEADLINE_S
 from fleetlm_common.rpc import Kind
+from fleetlm_gateway import exchanges, shardlink
+from fleetlm_gateway.exchanges import MOVED_AT_ONCE_MAX, Retry
 from tests.support.fakeshard import Answer, Drop, DropReply, FakeShard, Mute, Redirect, Refuse, World, draft
 from tests.support.fastloop import run_fast
 from tests.support.gatewayrig import rig, until
+from tests.support.memorycontrol import MemoryControlPlane
 
 S = SessionId("s")
 BUSY = TryAgain("busy", reason="overloaded", retry_after_ms=10)
+
+
+class DeafControlPlane(MemoryControlPlane):
+    """Answers reads, but its watchers see only what was there when they began."""
+
+    async def watch(self) -> AsyncIterator[View]:
+        """See `ControlPlane.watch`."""
+        yield self.view
+        await asyncio.Event().wait()
 
 
 def now_s() -> float:
@@ -111,11 +126,11 @@ def test_moved_makes_the_gateway_read_the_map() -> None:
     """A gateway that learns of a newer epoch asks the control plane for the map."""
 
     async def main() -> None:
-        async with rig(shards=2) as parts:
+        async with rig(shards=2, control_kind=DeafControlPlane) as parts:
             session = parts.world.session_of("shard-0")
             parts.world.move(session, "shard-1")
-            await parts.boundary.info(session)
             await parts.publish_maps()
+            await parts.boundary.info(session)
             await until(lambda: parts.boundary.epoch == 2)
             assert parts.metric("ring_epoch") == 2
 
@@ -191,8 +206,9 @@ def test_traffic_goes_on_without_the_control_plane() -> None:
     run_fast(main())
 
 
-def test_a_shard_that_comes_back_is_used_at_once() -> None:
+def test_a_shard_that_comes_back_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that waits for a connection goes out when it is there, not when its backoff ends."""
+    monkeypatch.setattr(exchanges, "BACKOFF_MAX_S", 1000.0)
 
     async def main() -> None:
         async with rig() as parts:
@@ -200,7 +216,8 @@ def test_a_shard_that_comes_back_is_used_at_once() -> None:
             await shard.stop()
             await until(lambda: not parts.boundary.ready().ok)
             asking = asyncio.create_task(parts.boundary.info(S))
-            await asyncio.sleep(3)
+            # By now the request's own backoff reaches beyond its deadline.
+            await asyncio.sleep(7)
             assert not asking.done()
             await shard.start()
             await parts.announce(shard)
@@ -296,3 +313,38 @@ def test_the_fake_speaks_for_its_world() -> None:
     world = World(2)
     assert world.owner(world.session_of("shard-1")).owner == "shard-1"
     assert msgspec.structs.fields(rpc.Info)[0].name == "epoch"
+
+
+def test_a_shard_that_says_it_is_ready_is_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link whose backoff has grown long connects as soon as the shard announces that it serves."""
+    monkeypatch.setattr(shardlink, "BACKOFF_MAX_S", 10_000.0)
+
+    async def main() -> None:
+        async with rig() as parts:
+            shard = parts.shards[0]
+            await shard.stop()
+            place = ShardEndpoint(shard.name, "volume-shard-0", Term(2), "127.0.0.1", shard.port, "")
+            await parts.control.announce(place)
+            shard.term = 2
+            await asyncio.sleep(60)
+            await shard.start()
+            began_s = now_s()
+            await parts.announce(shard)
+            await parts.until_all_links()
+            assert now_s() - began_s < 5
+
+    run_fast(main())
+
+
+def test_backoff_grows_within_bounds() -> None:
+    """Waits grow to the ceiling with jitter; news in a MOVED waits for nothing, but not without end."""
+    retry = Retry(random.Random(1))
+    waits = [retry.failed(TryAgain("x", reason="unavailable", retry_after_ms=0)) for _ in range(20)]
+    assert waits[0] <= 2 * exchanges.BACKOFF_MIN_S
+    assert all(exchanges.BACKOFF_MAX_S / 2 <= wait <= exchanges.BACKOFF_MAX_S for wait in waits[8:])
+    retry.reset()
+    moved = [retry.failed(Moved(owner="b", epoch=2), news=True) for _ in range(MOVED_AT_ONCE_MAX + 1)]
+    assert moved[:-1] == [0.0] * MOVED_AT_ONCE_MAX
+    assert moved[-1] > 0
+    assert retry.failed(TryAgain("x", reason="moving", retry_after_ms=60_000)) <= exchanges.BACKOFF_MAX_S
+    assert retry.gave_up().reason == "moving"

@@ -64,7 +64,8 @@ def test_replay_then_live_is_contiguous(start: Start) -> None:
             await until(lambda: sink.caught_ups)
             parts.world.write("s", 2)
             await sink.until(12)
-            first = {FromCursor(0): 1, FromCursor(3): 4, FromTail(4): 7, FromTail(99): 1}.get(start, 11)
+            firsts: dict[Start, int] = {FromCursor(0): 1, FromCursor(3): 4, FromTail(4): 7, FromTail(99): 1}
+            first = firsts.get(start, 11)
             assert sink.seqs == list(range(first, 13))
             assert sink.caught_ups == [10]
 
@@ -558,6 +559,14 @@ def test_stopping_closes_readers() -> None:
     run_fast(main())
 
 
+def fill_some(made: list[tuple[Recorder, Subscription]], entropy: random.Random, *, share: float) -> None:
+    """Fill a share of the sinks; the others have room again."""
+    for sink, place in made:
+        sink.full = entropy.random() < share
+        if not sink.full:
+            place.resume()
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_trouble_keeps_streams_contiguous(seed: int) -> None:
     """Readers that come, stall and go, under moves, cuts, holes and refusals: each stream is whole, each caught up."""
@@ -579,17 +588,12 @@ def test_random_trouble_keeps_streams_contiguous(seed: int) -> None:
                     await cause(parts, entropy.choice(troubles), session)
                 for shard in parts.shards:
                     shard.start_at_last = entropy.random() < 0.5
-                for sink, place in made:
-                    sink.full = entropy.random() < 0.2
-                    if not sink.full:
-                        place.resume()
+                fill_some(made, entropy, share=0.2)
                 await asyncio.sleep(entropy.random() * 0.3)
             for shard in parts.shards:
                 shard.chaos = None
                 shard.skip_pushes = 0
-            for sink, place in made:
-                sink.full = False
-                place.resume()
+            fill_some(made, entropy, share=0)
             parts.world.write(session)
             last = len(parts.world.logs[session].messages)
             await until(lambda: all(sink.cursor == last for sink, _ in made))

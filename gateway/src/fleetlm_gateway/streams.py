@@ -241,9 +241,14 @@ class Stream:
     def arrived(self, after: int, page: rpc.Page) -> None:
         """A page is here: to all that wait for it, then on."""
         waiting = self._served(after)
-        at = after if page.gap is None else page.gap.next_seq - 1
-        broken = at < after or (page.messages and page.first_seq != at + 1)
-        if broken or (page.gap is None and not page.messages):
+        gap = page.gap
+        at = after if gap is None else gap.next_seq - 1
+        broken = (
+            at < after
+            or (gap is not None and gap.from_seq != after + 1)
+            or (page.messages and page.first_seq != at + 1)
+        )
+        if broken or (gap is None and not page.messages):
             # A page that does not follow the cursor is not passed on; one that is empty although more was pushed
             # comes from a read that began earlier. Both: once more, a little later.
             self._later(waiting)
@@ -252,8 +257,8 @@ class Stream:
         for reader in waiting:
             if reader.state is not State.CATCHING_UP:
                 continue
-            if page.gap is not None:
-                reader.skip(page.gap)
+            if gap is not None:
+                reader.skip(gap)
             if not chunk.count or reader.take(chunk):
                 self.advance(reader)
 
