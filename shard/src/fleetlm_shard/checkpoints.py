@@ -6,6 +6,7 @@ and one more, so that a damaged newest one costs time at boot and nothing else. 
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 CHECKPOINTS_KEPT: Final = 2
 """The newest, and one to fall back to if its bytes rot."""
+
+_RUN_ROWS: Final = 256
+"""Rows sorted at once: one long sort would hold the interpreter, and with it the loop."""
 
 _encode_row = msgspec.msgpack.Encoder().encode
 _decode_row = msgspec.msgpack.Decoder(CheckpointRow).decode
@@ -116,19 +120,17 @@ def write_checkpoint(
 
     Runs in a background thread, in slices with pauses; `changed` must not be changed meanwhile.
     """
-    entries: list[tuple[bytes, bytes]] = []
-    for count, (session, row) in enumerate(changed.items()):
-        entries.append((session.encode(), _encode_row(row)))
-        if count % 256 == 255:
-            pause()
-    entries.sort()
+    runs: list[list[tuple[bytes, bytes]]] = []
+    names = list(changed)
+    for start in range(0, len(names), _RUN_ROWS):
+        runs.append(sorted((name.encode(), _encode_row(changed[name])) for name in names[start : start + _RUN_ROWS]))
+        pause()
     temp = temps.next()
     file = disk.create(temp)
     try:
         builder = TableBuilder(file, KIND_CHECKPOINT)
-        for count, _ in enumerate(merge(builder, old.table if old else None, entries)):
-            if count % 8 == 7:
-                pause()
+        for _ in merge(builder, old.table if old else None, heapq.merge(*runs)):
+            pause()
         builder.finish(msgspec.json.encode(stored))
         file.sync()
     except (OSError, TableDamaged):

@@ -6,7 +6,7 @@ caller made that durable before). Must not be done here: state of the log.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from fleetlm_shard.segment_index import MemoryIndex
     from fleetlm_shard.segments import SegmentId, TempNames
 
-_SLICE_ENTRIES: Final = 64
-"""Index entries written between two pauses: well under a millisecond of the interpreter."""
-
 
 def write_index(
     disk: Disk, temps: TempNames, link: Link, index: MemoryIndex, *, made_in: int, pause: Callable[[], None]
@@ -42,10 +39,8 @@ def write_index(
     file = disk.create(temp)
     try:
         builder = TableBuilder(file, KIND_INDEX)
-        for count, (key, value) in enumerate(index.entries(link.header.base_pos)):
+        for key, value in index.entries(link.header.base_pos, pause):
             builder.add(key, value)
-            if count % _SLICE_ENTRIES == _SLICE_ENTRIES - 1:
-                pause()
         meta = IndexMeta(link.header, link.end_pos, index.messages, index.inserted_at_us_max)
         builder.finish(msgspec.json.encode(meta))
         file.sync()

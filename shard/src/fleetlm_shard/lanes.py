@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAUSE_S: Final = 0.001
-"""Between slices of background work: the loop gets the interpreter back at once, not after the switch interval."""
+SLICE_S: Final = 0.0005
+"""Longest that background work holds the interpreter: the loop would wait for the switch interval (5 ms) otherwise."""
+PAUSE_S: Final = 0.0005
+"""How long it then leaves it alone."""
 
 
 class Lane(Protocol):
@@ -122,7 +124,7 @@ def run_on(lane: Lane, work: Callable[[], T], loop: asyncio.AbstractEventLoop) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """All lanes of one log. `pause` stands between slices of background work."""
+    """All lanes of one log. `pause` is called between small pieces of background work; it sleeps when it is time to."""
 
     writer: Lane
     preparer: Lane
@@ -140,6 +142,19 @@ class Lanes:
             lane.close()
 
 
+class _Pacer(threading.local):
+    """`pause` for threads: each has its own slice of time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._until_s = 0.0
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._until_s:
+            time.sleep(PAUSE_S)
+            self._until_s = time.monotonic() + SLICE_S
+
+
 def thread_lanes(loop: asyncio.AbstractEventLoop, *, readers: int) -> Lanes:
     """Lanes with threads."""
     return Lanes(
@@ -147,7 +162,7 @@ def thread_lanes(loop: asyncio.AbstractEventLoop, *, readers: int) -> Lanes:
         preparer=ThreadLane(loop, "log-preparer"),
         background=ThreadLane(loop, "log-background"),
         readers=[ThreadLane(loop, f"log-reader-{number}") for number in range(readers)],
-        pause=lambda: time.sleep(PAUSE_S),
+        pause=_Pacer(),
     )
 
 

@@ -6,6 +6,7 @@ Must not be done here: reading messages (`reader.py`), files and names (`segment
 
 from __future__ import annotations
 
+import heapq
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -14,10 +15,15 @@ import msgspec
 from fleetlm_shard.framing import SegmentHeader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _RUN: Final = struct.Struct("<QI")
 _OFFSET_BYTES: Final = 4
+
+_SORT_NAMES: Final = 512
+"""Names sorted at once: one long sort would hold the interpreter, and with it the loop."""
+_PAUSE_ENTRIES: Final = 32
+"""Entries encoded between two chances to pause."""
 
 Run = list[int]
 """First seq, then the position of it and of each seq after it."""
@@ -96,10 +102,17 @@ class MemoryIndex:
         below.inserted_at_us_max = beyond.inserted_at_us_max = self.inserted_at_us_max
         return below, beyond
 
-    def entries(self, base_pos: int) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values of the table, ascending."""
-        for key, session in sorted((session.encode(), session) for session in self._runs):
+    def entries(self, base_pos: int, pause: Callable[[], None]) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values of the table, ascending; `pause` is called every few entries."""
+        names = list(self._runs)
+        sorted_runs: list[list[tuple[bytes, str]]] = []
+        for start in range(0, len(names), _SORT_NAMES):
+            sorted_runs.append(sorted((name.encode(), name) for name in names[start : start + _SORT_NAMES]))
+            pause()
+        for count, (key, session) in enumerate(heapq.merge(*sorted_runs)):
             yield key, encode_runs(self.runs(session), base_pos)
+            if count % _PAUSE_ENTRIES == 0:
+                pause()
 
 
 def encode_runs(runs: list[Run], base_pos: int) -> bytes:

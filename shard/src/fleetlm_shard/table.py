@@ -28,6 +28,9 @@ BLOCK_BYTES: Final = 4096
 _WRITE_BYTES: Final = 256 * 1024
 """Written at once: few calls, and no large buffer."""
 
+_SLICE_ENTRIES: Final = 64
+"""Entries merged between two chances to pause."""
+
 _MAGIC: Final = b"FLEETTB"
 _HEADER: Final = struct.Struct("<7sBB3xI")
 _ENTRY: Final = struct.Struct("<HI")
@@ -239,31 +242,36 @@ def entries_of(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = value_at + value_bytes
 
 
-def merge(builder: TableBuilder, old: Table | None, changed: list[tuple[bytes, bytes]]) -> Iterator[None]:
-    """Write `old` with `changed` (sorted by key) put over it; blocks that nothing changes in are copied as they are.
+def merge(builder: TableBuilder, old: Table | None, changed: Iterator[tuple[bytes, bytes]]) -> Iterator[None]:
+    """Write `old` with `changed` (ascending) put over it; blocks that nothing changes in are copied as they are.
 
     Yields:
         After each slice of work, so that the caller can pause.
     """
-    at = 0
+    following = next(changed, None)
     blocks = old.blocks if old is not None else 0
     for number in range(blocks):
         assert old is not None
         block = old.block(number)
         below = old.first_key(number + 1) if number + 1 < blocks else None
-        stop = at
-        while stop < len(changed) and (below is None or changed[stop][0] < below):
-            stop += 1
-        if stop == at and len(block) >= BLOCK_BYTES // 2:
+        mine: list[tuple[bytes, bytes]] = []
+        while following is not None and (below is None or following[0] < below):
+            mine.append(following)
+            following = next(changed, None)
+            if len(mine) % _SLICE_ENTRIES == 0:
+                yield
+        if not mine and len(block) >= BLOCK_BYTES // 2:
             builder.add_block(old.first_key(number), block, old.block_entries(number))
         else:
             entries = dict(entries_of(block))
-            entries.update(changed[at:stop])
+            entries.update(mine)
             for key in sorted(entries):
                 builder.add(key, entries[key])
-        at = stop
         yield
-    for count, (key, value) in enumerate(changed[at:]):
-        builder.add(key, value)
-        if count % 64 == 63:
+    count = 0
+    while following is not None:
+        builder.add(*following)
+        following = next(changed, None)
+        count += 1
+        if count % _SLICE_ENTRIES == 0:
             yield
