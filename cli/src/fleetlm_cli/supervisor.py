@@ -133,6 +133,10 @@ class Supervisor:
         """The pid of each child that was started, by name."""
         return {child.spec.name: child.process.pid for child in self._children if child.process is not None}
 
+    def ready(self) -> set[str]:
+        """The names of the children that called themselves ready when last asked, and live."""
+        return {child.spec.name for child in self._children if child.ready}
+
     async def run(self, stop: asyncio.Event) -> bool:
         """Supervise until `stop` is set, then stop all children.
 
@@ -167,7 +171,7 @@ class Supervisor:
     async def _keep(self, child: _Child) -> None:
         """Start a child again and again until it is to stop."""
         while not self._stopping.is_set():
-            child.was_ready = False
+            child.ready = child.was_ready = False
             process = child.process = await self._start(child)
             if self._stopping.is_set():  # `_stop_all` has not seen this one, and it has done nothing yet
                 process.kill()
