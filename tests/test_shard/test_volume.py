@@ -330,6 +330,23 @@ def test_of_two_takers_one_wins_and_the_other_starts_over() -> None:
     assert other[0].term == 2
 
 
+def test_a_waiting_taker_sees_at_once_that_another_took_over() -> None:
+    """While b waits for a frozen a (lock held), c has waited longer and takes over: b turns to c within a poll."""
+    world = SimVolume()
+    take(world.process("a"), "a")
+    other: list[Volume] = []
+
+    def meanwhile(now_s: float) -> None:
+        if not other:
+            other.append(take(world.process("c"), "c", takeover_after_s=0.1))
+        elif other[0].asked_to_leave():
+            other[0].close()
+
+    time = Time(meanwhile)
+    assert take(world.process("b"), "b", time=time).term == 3
+    assert time.now_s < 1
+
+
 def test_link_settles_a_race_at_the_last_step() -> None:
     """Another takes term 1 just before b's link: b gets EEXIST, starts over, and that file is untouched."""
     world = SimVolume()
