@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -203,8 +203,17 @@ async def test_a_cancel_ends_everything_at_once(stage: Stage) -> None:
     assert "shard-0 term" not in stage.events()
 
 
-async def test_a_stop_during_the_start_leaves_nobody(stage: Stage) -> None:
-    """Stopped at each of the first steps of the event loop: whoever was being started has ended too."""
+async def test_a_stop_during_the_start_leaves_nobody(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at each step of the event loop while starting takes some of them: whoever was being started has ended."""
+    start = asyncio.create_subprocess_exec
+
+    async def start_slowly(*arguments: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*arguments, **options)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_slowly)
     stage.add("gateway-0", "die")
     stage.add("shard-0", stage=1)
     for steps in range(25):
