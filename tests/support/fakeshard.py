@@ -221,6 +221,7 @@ class FakeShard:
         frozen: nothing is answered, not even PING, while the connection stands (a frozen process).
         start_at_last: subscriptions begin at the session's last seq, whatever was asked for.
         skip_pushes: so many next messages are left out of pushes (a hole).
+        list_max: pages of LIST are at most so long, whatever was asked for.
         chaos: misbehaves at random, with this.
     """
 
@@ -235,6 +236,7 @@ class FakeShard:
         self.frozen = False
         self.start_at_last = False
         self.skip_pushes = 0
+        self.list_max = 1000
         self.refuse_hello: FleetError | None = None
         self.chaos: random.Random | None = None
         self.unsubscribed = 0
@@ -402,11 +404,14 @@ class FakeShard:
                 created, log.metadata = log.metadata is None, log.metadata or metadata
                 return Kind.CREATED, rpc.Created(created, self._info(session))
             case rpc.List(after, limit):
-                mine = sorted(name for name in self.world.logs if self.world.owner(name).owner == self.name)
-                names = [name for name in mine if name > after][:limit]
+                mine = sorted((name for name in self.world.logs if self._owns(name)), key=str.encode)
+                names = [name for name in mine if name.encode() > after.encode()][: min(limit, self.list_max)]
                 return Kind.LISTED, rpc.Listed([(name, self._info(name)) for name in names])
             case _:
                 raise AssertionError(request)
+
+    def _owns(self, session: str) -> bool:
+        return self.world.owner(session).owner == self.name
 
     def _append(
         self, request: rpc.Append, *, taken: int | None = None, refusal: FleetError | None = None

@@ -237,7 +237,7 @@ def test_a_deadline_is_kept_and_not_restarted() -> None:
             began_s = loop.time()
             submit(parts, answers, "a")
             await until(lambda: answers.complete)
-            assert REQUEST_DEADLINE_S <= loop.time() - began_s < REQUEST_DEADLINE_S + 2
+            assert REQUEST_DEADLINE_S <= loop.time() - began_s < REQUEST_DEADLINE_S + 6
             assert answers.error("a").reason == "disk_full"
             assert isinstance(answers.error("a"), TryAgain)
             assert len(requests(parts.shards[0])) < 60

@@ -81,7 +81,7 @@ def test_one_deadline_is_never_restarted(behaviour: Refuse | Mute | Drop, reason
             began_s = now_s()
             with pytest.raises(TryAgain) as refused:
                 await parts.boundary.info(S)
-            assert REQUEST_DEADLINE_S - 0.1 <= now_s() - began_s <= REQUEST_DEADLINE_S + 2
+            assert REQUEST_DEADLINE_S - 0.1 <= now_s() - began_s <= REQUEST_DEADLINE_S + 6
             assert refused.value.reason == reason
             assert parts.metric("shard_requests_total", kind="INFO", outcome="TRY_AGAIN") == 1
 
@@ -112,7 +112,7 @@ def test_moved_is_used_at_once() -> None:
             parts.world.move(session, "shard-1")
             began_s = now_s()
             assert (await parts.boundary.info(session)).last_seq == 2
-            assert now_s() - began_s < 1
+            assert now_s() - began_s < REQUEST_DEADLINE_S / 2
             asked = parts.shards[1].asked(rpc.Info)
             assert [request.epoch for request in asked if isinstance(request, rpc.Info)] == [2]
             assert parts.metric("moved_total") == 1
@@ -150,7 +150,7 @@ def test_moved_in_circles_ends_at_the_deadline() -> None:
             with pytest.raises(TryAgain) as refused:
                 await parts.boundary.info(session)
             assert refused.value.reason == "moving"
-            assert now_s() - began_s <= REQUEST_DEADLINE_S + 2
+            assert now_s() - began_s <= REQUEST_DEADLINE_S + 6
             assert sum(len(shard.asked(rpc.Info)) for shard in parts.shards) < 100
 
     run_fast(main())
@@ -244,16 +244,20 @@ def test_readiness_says_why_not() -> None:
     run_fast(main())
 
 
-def test_the_list_of_sessions_is_merged_in_order() -> None:
-    """Pages over all shards are in the order of the ids' bytes, without holes or repeats."""
+@pytest.mark.parametrize("list_max", [1, 3, 1000])
+@pytest.mark.parametrize("limit", [1, 4, 1000])
+def test_the_list_of_sessions_is_merged_in_order(list_max: int, limit: int) -> None:
+    """Pages are in the order of the ids' bytes, without holes or repeats, however short a shard's own pages are."""
 
     async def main() -> None:
         async with rig(shards=3) as parts:
+            parts.shards[1].list_max = list_max
             names = [f"n{number}" for number in range(25)] + ["ä", "z", "日本"]
             for name in names:
                 parts.world.write(name)
             found: list[str] = []
-            while page := await parts.boundary.sessions(after=found[-1] if found else "", limit=4):
+            while page := await parts.boundary.sessions(after=found[-1] if found else "", limit=limit):
+                assert len(page) <= limit
                 found += [name for name, _ in page]
             assert found == sorted(names, key=str.encode)
 
@@ -317,21 +321,21 @@ def test_the_fake_speaks_for_its_world() -> None:
 
 def test_a_shard_that_says_it_is_ready_is_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link whose backoff has grown long connects as soon as the shard announces that it serves."""
-    monkeypatch.setattr(shardlink, "BACKOFF_MAX_S", 10_000.0)
 
     async def main() -> None:
         async with rig() as parts:
             shard = parts.shards[0]
+            for bound in ("BACKOFF_MIN_S", "BACKOFF_MAX_S"):
+                monkeypatch.setattr(shardlink, bound, 10_000.0)
             await shard.stop()
             place = ShardEndpoint(shard.name, "volume-shard-0", Term(2), "127.0.0.1", shard.port, "")
             await parts.control.announce(place)
             shard.term = 2
-            await asyncio.sleep(60)
+            link = parts.boundary._router.route(S).link
+            await until(lambda: "Connect call failed" in link.why)
             await shard.start()
-            began_s = now_s()
             await parts.announce(shard)
             await parts.until_all_links()
-            assert now_s() - began_s < 5
 
     run_fast(main())
 

@@ -136,7 +136,7 @@ def test_a_silent_shard_counts_as_gone() -> None:
             link.call(Kind.INFO, info("s"), lambda kind, _: answers.append(kind))
             began_s = asyncio.get_running_loop().time()
             await until(lambda: answers)
-            assert asyncio.get_running_loop().time() - began_s < 2 * shardlink.SILENT_TICKS_MAX
+            assert asyncio.get_running_loop().time() - began_s < 4 * shardlink.SILENT_TICKS_MAX
             assert answers == [LOST]
             shard.frozen = False
             await parts.until_all_links()
@@ -167,7 +167,9 @@ def test_a_frozen_link_is_left_for_a_younger_life() -> None:
             await parts.announce(younger)
             began_s = asyncio.get_running_loop().time()
             acks = await parts.boundary.append(SessionId("s"), [draft("a")])
-            assert asyncio.get_running_loop().time() - began_s < shardlink.PING_EVERY_S
+            assert asyncio.get_running_loop().time() - began_s < shardlink.SILENT_TICKS_MAX - 1, (
+                "no silence was waited for"
+            )
             assert [ack.seq for ack in acks] == [1]
             assert not elder.asked(rpc.Append)
 

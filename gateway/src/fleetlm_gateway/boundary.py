@@ -19,7 +19,8 @@ from fleetlm_common.errors import FleetError
 from fleetlm_common.ids import SessionId
 from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
-from fleetlm_gateway.exchanges import CREATE, INFO, LIST, MARK_READ, READ
+from fleetlm_gateway import listing
+from fleetlm_gateway.exchanges import CREATE, INFO, MARK_READ, READ
 from fleetlm_gateway.lanes import Lanes
 from fleetlm_gateway.metrics import InnerMetrics
 from fleetlm_gateway.router import Router
@@ -173,15 +174,7 @@ class Boundary:
         Raises:
             TryAgain: a shard did not answer (a list with a hole would look like a whole one).
         """
-        lists = await self._router.request_each(LIST, rpc.List(after, limit))
-        found: dict[str, rpc.InfoOk] = {}
-        for listed in lists:
-            for session, info in listed.sessions:
-                known = found.get(session)
-                # Two shards name it while its slot moves: the one that knows more is the owner, or becomes it.
-                if known is None or (info.epoch, info.last_seq) > (known.epoch, known.last_seq):
-                    found[session] = info
-        return sorted(found.items(), key=lambda item: item[0].encode())[:limit]
+        return await listing.merged(self._router, after=after, limit=limit)
 
     async def subscribe(self, session: SessionId, *, start: Start, sink: Sink) -> Subscription:
         """Open a place in a session. Cancel-safe: nothing stays behind.

@@ -19,7 +19,7 @@ import msgspec
 from fleetlm_common import rpc
 from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, View
 from fleetlm_common.errors import FleetError, Moved, TryAgain
-from fleetlm_common.ids import SessionId, ShardName
+from fleetlm_common.ids import SessionId
 from fleetlm_common.limits import REQUEST_DEADLINE_S
 from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
@@ -171,29 +171,28 @@ class Router:
         def moved(error: Moved) -> bool:
             return self.moved(session, owner=error.owner, epoch=error.epoch)
 
-        return await self._within_deadline(exchange, attempt, moved)
+        return await self._within_deadline(exchange, attempt, moved, deadline_s=self._loop.time() + REQUEST_DEADLINE_S)
 
-    async def request_each(self, exchange: Exchange[R], payload: msgspec.Struct) -> list[R]:
-        """Ask every member of the ring, all within one deadline.
+    async def request_shard(self, exchange: Exchange[R], shard: str, encoded: bytes, *, deadline_s: float) -> R:
+        """Ask one shard, whatever it owns.
 
         Raises:
-            TryAgain: one of them did not answer.
+            FleetError: as `request`.
         """
-        ring = self._map
-        if ring is None:
+        return await self._within_deadline(
+            exchange, lambda: (self._link(shard), encoded), lambda _: False, deadline_s=deadline_s
+        )
+
+    @property
+    def members(self) -> list[str]:
+        """Every shard of the ring.
+
+        Raises:
+            NoPath: no map has been seen yet.
+        """
+        if self._map is None:
             raise NoPath("no ring map has been seen yet")
-        encoded = rpc.encode(payload)
-
-        def ask(shard: ShardName) -> asyncio.Task[R]:
-            attempt = self._within_deadline(exchange, lambda: (self._link(shard), encoded), lambda _: False)
-            return self._loop.create_task(attempt)
-
-        tasks = [ask(member.name) for member in ring.members]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        return [member.name for member in self._map.members]
 
     def owner(self, session: SessionId) -> str:
         """The name of the shard that `route` leads to.
@@ -204,14 +203,19 @@ class Router:
         return self.route(session).link.shard
 
     async def _within_deadline(
-        self, exchange: Exchange[R], attempt: Callable[[], tuple[ShardLink, bytes]], moved: Callable[[Moved], bool]
+        self,
+        exchange: Exchange[R],
+        attempt: Callable[[], tuple[ShardLink, bytes]],
+        moved: Callable[[Moved], bool],
+        *,
+        deadline_s: float,
     ) -> R:
         """Try until it works, is rejected, or the one deadline passes."""
         retry = Retry(self.entropy)
         began_s = self._loop.time()
         outcome = "ok"
         try:
-            async with asyncio.timeout(REQUEST_DEADLINE_S):
+            async with asyncio.timeout_at(deadline_s):
                 while True:
                     try:
                         link, encoded = attempt()
