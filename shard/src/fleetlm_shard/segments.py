@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 LOG_FOLDER: Final = "log"
 ASIDE_FOLDER: Final = "aside"
 _ZEROS: Final = bytes(1024 * 1024)
-_SEGMENT: Final = re.compile(r"(\d{10})-(\d{10})\.seg")
-_INDEX: Final = re.compile(r"(\d{10})-(\d{10})-(\d{10})\.idx")
-_CHECKPOINT: Final = re.compile(r"(\d{10})-(\d{10})\.ckpt")
-_TEMP: Final = re.compile(r"tmp-(\d{10})-(\d{10})")
+_SEGMENT: Final = re.compile(r"(\d{10,})-(\d{10,})\.seg")
+_INDEX: Final = re.compile(r"(\d{10,})-(\d{10,})-(\d{10,})\.idx")
+_CHECKPOINT: Final = re.compile(r"(\d{10,})-(\d{10,})\.ckpt")
+_TEMP: Final = re.compile(r"tmp-(\d{10,})-(\d{10,})")
 
 
 class SegmentId(NamedTuple):

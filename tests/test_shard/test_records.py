@@ -1,0 +1,108 @@
+"""Bodies of records, and the JSON of a message."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetlm_common.clock import iso_utc
+from fleetlm_shard.records import (
+    CursorMoved,
+    Damaged,
+    InsertedAt,
+    Message,
+    Record,
+    SessionCreated,
+    SlotsOpened,
+    Trimmed,
+    UnknownRecord,
+    content_hash,
+    decode,
+    encode,
+    message_id,
+    message_inserted_at_us,
+    message_json,
+    message_place,
+)
+
+numbers = st.integers(0, 2**53 - 1)
+slots = st.integers(0, 1023)
+ids = st.text(min_size=1, max_size=32).filter(lambda text: 1 <= len(text.encode(errors="ignore")) <= 128)
+clean = ids.filter(lambda text: text.isprintable() or text.encode("utf-8", "ignore").decode() == text)
+
+some_records = st.one_of(
+    st.builds(
+        Message,
+        slot=slots,
+        session=clean,
+        seq=numbers,
+        inserted_at_us=numbers,
+        key=clean,
+        content_hash=st.binary(min_size=16, max_size=16),
+        json=st.binary(max_size=300),
+    ),
+    st.builds(SessionCreated, slot=slots, session=clean, inserted_at_us=numbers, metadata=st.binary(max_size=99)),
+    st.builds(CursorMoved, slot=slots, session=clean, participant=clean, seq=numbers),
+    st.builds(SlotsOpened, epoch=numbers, slots=st.lists(slots, max_size=20)),
+    st.builds(Trimmed, term=numbers, number=numbers, below_pos=numbers),
+    st.builds(Damaged, from_pos=numbers, to_pos=numbers, lost_max=numbers),
+)
+
+
+@given(some_records)
+def test_every_record_comes_back_as_it_was(record: Record) -> None:
+    """`decode` is the inverse of `encode`."""
+    tail = encode(record)
+    assert decode(tail[0], int.from_bytes(tail[2:4], "little"), tail[8:]) == record
+    if isinstance(record, Message):
+        session, seq, json_at = message_place(tail[8:])
+        assert (session.decode(), seq) == (record.session, record.seq)
+        assert tail[8 + json_at :] == record.json
+        assert message_inserted_at_us(tail[8:]) == record.inserted_at_us
+
+
+def test_an_unknown_type_is_said() -> None:
+    """A newer version's record is not damage."""
+    with pytest.raises(UnknownRecord, match="99"):
+        decode(99, 0, b"")
+
+
+def test_the_json_of_a_message_is_what_clients_expect() -> None:
+    """Members, order and values; the id is sliced out, never built again."""
+    fragment = b'"sender_id":"al","sender_kind":"human","kind":"text","content":{"a":[1]},"metadata":{}'
+    made = message_json(
+        id_text="0190c1c2-0000-7000-8000-000000000000",
+        session_json=json.dumps('s"é').encode(),
+        seq=7,
+        inserted_at=InsertedAt().text(1_795_475_336_123_456),
+        fragment=fragment,
+    )
+    assert json.loads(made) == {
+        "id": "0190c1c2-0000-7000-8000-000000000000",
+        "session_id": 's"é',
+        "seq": 7,
+        "inserted_at": "2026-11-23T23:08:56.123456Z",
+        "sender_id": "al",
+        "sender_kind": "human",
+        "kind": "text",
+        "content": {"a": [1]},
+        "metadata": {},
+    }
+    assert message_id(made) == "0190c1c2-0000-7000-8000-000000000000"
+
+
+@given(st.lists(st.integers(0, 4_102_444_800_000_000), min_size=1, max_size=5))
+def test_times_are_written_like_everywhere_else(times: list[int]) -> None:
+    """The remembered second changes nothing: the text is `iso_utc`'s."""
+    stamp = InsertedAt()
+    for at_us in times:
+        assert stamp.text(at_us).decode() == iso_utc(at_us)
+
+
+def test_content_hash_is_of_16_bytes_and_tells_contents_apart() -> None:
+    """Equal bytes, equal hash."""
+    assert content_hash(b"a") == content_hash(b"a") != content_hash(b"b")
+    assert len(content_hash(b"")) == 16
