@@ -59,12 +59,21 @@ def uuid7(now_ms: int, entropy: random.Random) -> str:
 
     Args:
         now_ms: milliseconds since 1970.
-        entropy: where the 74 random bits come from.
+        entropy: where the 72 random bits come from (the variant's two free bits are zero, for speed).
     """
-    bits = entropy.getrandbits(74)
-    value = (now_ms & 0xFFFFFFFFFFFF) << 80 | 0x7 << 76 | (bits >> 62) << 64 | 0b10 << 62 | bits & 0x3FFFFFFFFFFFFFFF
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return uuid7_from(uuid7_prefix(now_ms), entropy)
+
+
+def uuid7_prefix(now_ms: int) -> str:
+    """What all ids of one millisecond begin with; for callers that make many."""
+    text = f"{now_ms & 0xFFFFFFFFFFFF:012x}"
+    return f"{text[:8]}-{text[8:]}-7"
+
+
+def uuid7_from(prefix: str, entropy: random.Random) -> str:
+    """The rest of an id, see `uuid7`."""
+    text = f"{entropy.getrandbits(72):018x}"
+    return f"{prefix}{text[:3]}-8{text[3:6]}-{text[6:]}"
 
 
 def parse_uuid(value: str, field: str) -> str:

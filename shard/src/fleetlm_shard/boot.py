@@ -1,4 +1,4 @@
-"""Boot of a shard, in the order that the fence needs (design §6): take the volume, read the ring map live, read the log.
+"""Boot of a shard, in the order that the fence needs (design §6): take the volume, read the ring map, read the log.
 
     spec → take volume (term durable) → map, stored → read log, rebuild, cut, look → serve
 

@@ -36,13 +36,13 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     control: str
     """Where the ring map is: `file:/folder`."""
     credential_file: str
-    """File whose content gateways must present; never the secret itself, for environments are shown in process lists."""
+    """File whose content gateways must present; never the secret itself: process lists show environments."""
     advertise_host: str = ""
     """Host that gateways connect to; empty: the one of `listen`. A pod listens on 0.0.0.0 and says its own name."""
     pod_uid: str = ""
     """The pod's uid: only a container restarted in the same pod may use the map that it stored itself."""
     fsync: Literal["always", "interval", "never"] = "always"
-    """`always`: acknowledge after fdatasync. `interval`: a crash of the machine loses up to the interval. `never`: tests."""
+    """`always`: acknowledge after fdatasync. `interval`: a machine's crash loses up to the interval. `never`: tests."""
     fsync_interval_ms: Annotated[int, Meta(ge=1, le=10_000)] = 100
     """Milliseconds between syncs with `interval`."""
     segment_bytes: Annotated[int, Meta(ge=_MIB, le=1024 * _MIB)] = 64 * _MIB

@@ -92,17 +92,29 @@ class KeyWindow:
         seq, inserted_at_us, content_hash, ident = _PACKED.unpack(packed)
         return KnownKey(seq, inserted_at_us, content_hash, str(ident, "ascii"))
 
-    def add(self, session: str, key: str, known: KnownKey, *, pos: int, at_s: float) -> None:
+    def add(
+        self,
+        session: str,
+        key: str,
+        *,
+        seq: int,
+        inserted_at_us: int,
+        content_hash: bytes,
+        ident: str,
+        pos: int,
+        at_s: float,
+    ) -> None:
         """A message with this key was queued at monotonic time `at_s`; the log gave it position `pos`."""
         name = (session, key)
         assert name not in self._known
-        self._known[name] = _PACKED.pack(known.seq, known.inserted_at_us, known.content_hash, known.id.encode())
+        self._known[name] = _PACKED.pack(seq, inserted_at_us, content_hash, ident.encode())
         self._order.append(name)
         marks = self._marks
         if marks and at_s - marks[-1].at_s < MARK_S:
             marks[-1].count += 1
         else:
             marks.append(_Mark(at_s, pos, 1))
+            self.evict(at_s)
 
     def restore(self, session: str, key: str, known: KnownKey, *, pos: int, age_s: float, now_s: float) -> None:
         """Boot read this message from the log, `age_s` after it was inserted.
@@ -117,8 +129,16 @@ class KeyWindow:
         at_s = now_s - max(0.0, age_s)
         if self._marks:
             at_s = max(at_s, self._marks[-1].at_s)
-        self.add(session, key, known, pos=pos, at_s=at_s)
-        self.evict(now_s)
+        self.add(
+            session,
+            key,
+            seq=known.seq,
+            inserted_at_us=known.inserted_at_us,
+            content_hash=known.content_hash,
+            ident=known.id,
+            pos=pos,
+            at_s=at_s,
+        )
 
     def evict(self, now_s: float) -> int:
         """Drop what is too old, and what is too many and old enough; returns how many went."""

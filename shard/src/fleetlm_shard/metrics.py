@@ -1,6 +1,6 @@
-"""Every metric of the shard. Counters and gauges are plain numbers in the parts, read when somebody scrapes: the append
-path does not pay for them. Labels are bounded (never a session id).
+"""Every metric of the shard; labels are bounded (never a session id).
 
+Counters and gauges are plain numbers in the parts, read when somebody scrapes: the append path does not pay for them.
 Promise: what stands in `COUNTERS`, `GAUGES` and `Histograms` is all there is (docs/operations/metrics.md lists it), and
 moves in a running system (a test asserts it). Must not be done here: measuring (that stands where things happen).
 """

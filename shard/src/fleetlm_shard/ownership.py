@@ -4,8 +4,8 @@ A newer map is stored on the volume first; then slots that are gone fall silent,
 record in the log; only when that record is durable are they served.
 
 Promise: an epoch never goes back; a slot is served only while the newest map that this process knows names this shard,
-with this volume, as its owner. A map that binds it to another volume means that the data is lost (`VolumeLost`): nothing
-is served until a map says otherwise. Must not be done here: guessing who is alive, answering requests.
+with this volume, as its owner. A map that binds it to another volume means that the data is lost (`VolumeLost`):
+nothing is served until a map says otherwise. Must not be done here: guessing who is alive, answering requests.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     ring (memory) → log (disk)      an archive will stand behind the log, as one more `Source`
 
-Promise: a page's messages have contiguous seqs from `first_seq`; whatever lies between the asked cursor and them is said
-as a `Gap`; a hole after some messages ends the page, so that the next one begins with the gap. Only what is durable is
-shown. Must not be done here: ownership, looks at the term (the server does both before it answers).
+Promise: a page's messages have contiguous seqs from `first_seq`; whatever lies between the asked cursor and them is
+said as a `Gap`; a hole after some messages ends the page, so that the next one begins with the gap. Only what is durable
+is shown. Must not be done here: ownership, looks at the term (the server does both before it answers).
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ class Replay:
             LogError: the log cannot be read.
         """
         session = self._sessions.get(session_id)
-        trim_pos = self._log.stats.trim_pos
+        trim_pos = self._log.trim_pos
         if session.first_seq == 0 or session.last_pos < trim_pos:
             return session.seq_durable + 1
         if session.first_pos >= trim_pos:
             return session.first_seq
         if session.earliest_trim_pos != trim_pos:
-            found = await self._log.read(session_id, first_seq=session.first_seq, limit=1, bytes_max=1)
+            earliest = await self._log.earliest(session_id)
             session = self._sessions.get(session_id)
             # A message that came meanwhile changes nothing: what is held only grows at the other end.
-            session.earliest_seq = found.messages[0].seq if found.messages else session.seq_durable + 1
+            session.earliest_seq = session.seq_durable + 1 if earliest is None else earliest[0]
             session.earliest_trim_pos = trim_pos
         return session.earliest_seq
 

@@ -1,9 +1,10 @@
 """The append path: dedupe → expected_seq → assign seq, build the record once → queue; the answer after the disk.
 
 One APPEND holds entries, in order; each entry is one client's append, all or nothing (one batch of the log):
-- every key known with the same content: the first answers again, `deduped`; nothing is written, `expected_seq` is not looked at;
-- some keys known, some new: the known ones are answered `deduped`, the new ones are appended (a retry of a batch whose older
-  keys have left the window must not fail); `expected_seq` is looked at, for something is appended;
+- every key known with the same content: the first answers again, `deduped`; nothing is written, and `expected_seq` is
+  not looked at;
+- some keys known, some new: the known ones are answered `deduped`, the new ones are appended (a retry of a batch whose
+  older keys have left the window must not fail); `expected_seq` is looked at, for something is appended;
 - a key known with other content, or twice in the entry: the whole entry is refused;
 - after a TRY_AGAIN in an entry all later ones get TRY_AGAIN too: what a client sent second never overtakes the first.
 
@@ -17,13 +18,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid, TooLarge, TryAgain
-from fleetlm_common.ids import uuid7
+from fleetlm_common.ids import uuid7_from, uuid7_prefix
 from fleetlm_common.limits import BATCH_MESSAGES_MAX, CONTENT_BYTES_MAX, ID_BYTES_MAX, METADATA_BYTES_MAX
 from fleetlm_common.rpc import Ack, EntryResult
 from fleetlm_shard.keys import KnownKey
 from fleetlm_shard.log_types import BATCH_BYTES_MAX, GroupTooLarge, LogBusy, LogDiskFull, LogError
 from fleetlm_shard.records import InsertedAt, Message, content_hash, message_json
 from fleetlm_shard.samejson import same_fragment
+from fleetlm_shard.table import TableDamaged
 
 if TYPE_CHECKING:
     import random
@@ -40,6 +42,8 @@ ENTRIES_MAX: Final = 1000
 """Appends of one APPEND: more than a gateway gathers during one sync."""
 FRAGMENT_BYTES_MAX: Final = CONTENT_BYTES_MAX + METADATA_BYTES_MAX + 2048
 """Content, metadata, and the sender's id and kind with their names (ids may be escaped to six times their bytes)."""
+STAMP_US: Final = 200
+"""`inserted_at` is so exact: a busy shard makes its text once for some ten messages."""
 _FRAGMENT_START: Final = b'"sender_id":'
 
 
@@ -64,15 +68,14 @@ class _Unclear(Exception):
 class _Call:
     """One APPEND on its way; `Waiting` for its records."""
 
-    __slots__ = ("answer", "conflicts", "request", "rests_on_log", "results", "sequencer", "verdicts")
+    __slots__ = ("answer", "conflicts", "request", "rests_on_log", "results", "verdicts")
 
-    def __init__(self, sequencer: Sequencer, request: Append, answer: Answer) -> None:
-        self.sequencer = sequencer
+    def __init__(self, request: Append, answer: Answer) -> None:
         self.request = request
         self.answer = answer
         self.results: list[EntryResult] = []
-        self.conflicts: list[int] = []
-        """Entries refused because of `expected_seq`: their answer names the last seq that is durable by then."""
+        self.conflicts: list[tuple[int, Session]] = []
+        """Entries refused because of `expected_seq`, filled in when the call is answered."""
         self.rests_on_log = False
         """Something in the results is true only if the log is ours and holds what was queued."""
         self.verdicts: dict[tuple[str, bytes], bool] = {}
@@ -82,10 +85,20 @@ class _Call:
         """The next entry cannot be worked on now, so none after it may be either."""
         self.results.extend([EntryResult([], error.body())] * (len(self.request.entries) - len(self.results)))
 
+    def conflict(self, session: Session) -> None:
+        """The next entry expected another seq than the session has by now."""
+        self.rests_on_log = True
+        self.conflicts.append((len(self.results), session))
+        # Held in memory until the answer, which names the last seq that is durable by then.
+        session.pending += 1
+
     def settled(self) -> None:
         """Everything that the results rest on is visible."""
-        if self.conflicts:
-            self.sequencer.fill_conflicts(self)
+        for index, session in self.conflicts:
+            session.pending -= 1
+            last_seq = session.seq_durable
+            words = f"expected_seq is not the session's last_seq, which is {last_seq}"
+            self.results[index] = EntryResult([], Conflict(words, last_seq=last_seq).body())
         self.answer(self.results)
 
     def stopped(self) -> None:
@@ -97,17 +110,16 @@ STOPPED: Final = TryAgain("the shard's log has stopped", reason="unavailable", r
 """What everybody hears who waits for a log that failed."""
 
 
-class MessageIds:
-    """Ids of messages: UUIDs of version 7."""
+class _Stamp:
+    """A moment in all the forms that messages need; shared by what is appended within `STAMP_US` of it."""
 
-    __slots__ = ("_entropy",)
+    __slots__ = ("ack", "at_us", "id_prefix", "text")
 
-    def __init__(self, entropy: random.Random) -> None:
-        self._entropy = entropy
-
-    def next(self, at_us: int) -> str:
-        """A new id."""
-        return uuid7(at_us // 1000, self._entropy)
+    def __init__(self, at_us: int, text: bytes) -> None:
+        self.at_us = at_us
+        self.text = text
+        self.ack = str(text, "ascii")
+        self.id_prefix = uuid7_prefix(at_us // 1000)
 
 
 class Sequencer:
@@ -142,12 +154,13 @@ class Sequencer:
         self._sessions = sessions
         self._keys = keys
         self._clock = clock
-        self._ids = MessageIds(entropy)
+        self._entropy = entropy
         self._look = look
         self._stored = stored
         self._admits = admits
-        self._spawn = spawn
+        self._run = spawn
         self._inserted_at = InsertedAt()
+        self._stamp = _Stamp(0, self._inserted_at.text(0))
         self.appended = 0
         self.deduped = 0
         self.conflicts = 0
@@ -161,7 +174,7 @@ class Sequencer:
         """
         if not 1 <= len(request.entries) <= ENTRIES_MAX:
             raise Invalid(f"entries must be 1 to {ENTRIES_MAX}", field="entries", limit=ENTRIES_MAX)
-        self._advance(_Call(self, request, answer), session)
+        self._advance(_Call(request, answer), session)
 
     def _advance(self, call: _Call, session: Session) -> None:
         """Work through the entries that have no result yet."""
@@ -170,7 +183,7 @@ class Sequencer:
             try:
                 results.append(self._entry(call, session, entry))
             except _Unclear as question:
-                self._spawn(self._compare(call, question))
+                self._run(self._compare(call, question))
                 return
             except TryAgain as error:
                 call.refuse_rest(error)
@@ -184,7 +197,7 @@ class Sequencer:
         if not call.rests_on_log:
             call.settled()
         elif self._writes.settled:
-            self._spawn(self._answer_after_look(call))
+            self._spawn(call, self._look())
         else:
             self._writes.wait(call)
 
@@ -195,42 +208,39 @@ class Sequencer:
             _Unclear: a stored message must be compared first; nothing was done.
             FleetError: the entry is refused; nothing was done.
         """
-        drafts = entry.drafts
-        known = self._known(call, session, drafts)
-        new_count = known.count(None)
-        if new_count:
-            if entry.expected_seq is not None and entry.expected_seq != session.seq_assigned:
-                self.conflicts += 1
-                call.rests_on_log = True
-                call.conflicts.append(len(call.results))
-                return _UNFILLED
-            if new_count > self._keys.room():
-                raise TryAgain(
-                    "the idempotency window is full of keys that may still be retried",
-                    reason="overloaded",
-                    retry_after_ms=1000,
-                )
+        drafts = fresh = entry.drafts
+        hits = self._hits(call, session.id, drafts)
+        if hits is not None:
+            fresh = [draft for draft, hit in zip(drafts, hits, strict=True) if hit is None]
+        if fresh and entry.expected_seq is not None and entry.expected_seq != session.seq_assigned:
+            self.conflicts += 1
+            call.conflict(session)
+            return _UNFILLED
+        acks = self._append(session, fresh) if fresh else []
         call.rests_on_log = True
-        self.deduped += len(drafts) - new_count
-        fresh = iter(self._append(session, drafts, known) if new_count else ())
-        return EntryResult([next(fresh) if hit is None else self._first_answer(hit) for hit in known])
+        if hits is None:
+            return EntryResult(acks)
+        self.deduped += len(drafts) - len(fresh)
+        following = iter(acks)
+        return EntryResult([next(following) if hit is None else self._first_answer(hit) for hit in hits])
 
-    def _known(self, call: _Call, session: Session, drafts: list[Draft]) -> list[KnownKey | None]:
-        """What each draft's key stands for, all checked.
+    def _hits(self, call: _Call, session_id: str, drafts: list[Draft]) -> list[KnownKey | None] | None:
+        """What each draft's key stands for, all checked; None (the usual case) if all are new.
 
         Raises:
             _Unclear, IdempotencyConflict, Invalid, TooLarge: see `_entry`.
         """
         if len(drafts) != 1:
             _check_batch(drafts)
-        known: list[KnownKey | None] = []
-        for draft in drafts:
+        hits: list[KnownKey | None] | None = None
+        for index, draft in enumerate(drafts):
             _check_draft(draft)
-            hit = self._keys.get(session.id, draft.key)
+            hit = self._keys.get(session_id, draft.key)
             if hit is not None:
                 self._check_content(call, draft, hit)
-            known.append(hit)
-        return known
+                hits = hits or [None] * len(drafts)
+                hits[index] = hit
+        return hits
 
     def _check_content(self, call: _Call, draft: Draft, hit: KnownKey) -> None:
         fresh_hash = content_hash(draft.fragment)
@@ -246,62 +256,69 @@ class Sequencer:
                 f"the key was used for other content (seq {hit.seq}); choose a new one", field="idempotency_key"
             )
 
-    def _append(self, session: Session, drafts: list[Draft], known: list[KnownKey | None]) -> list[Ack]:
-        """Assign seqs to the drafts whose keys are new and queue their records, all or none."""
-        at_us = self._clock.now_us()
-        at_text = self._inserted_at.text(at_us)
-        at_ack = str(at_text, "ascii")
-        seq = session.seq_assigned
+    def _append(self, session: Session, drafts: list[Draft]) -> list[Ack]:
+        """Assign seqs and queue the records, all or none."""
+        if len(drafts) > self._keys.room():
+            raise TryAgain(
+                "the idempotency window is full of keys that may still be retried",
+                reason="overloaded",
+                retry_after_ms=1000,
+            )
+        stamp = self._now()
+        at_us, seq = stamp.at_us, session.seq_assigned
         messages: list[Message] = []
         acks: list[Ack] = []
-        for draft, hit in zip(drafts, known, strict=True):
-            if hit is not None:
-                continue
+        for draft in drafts:
             seq += 1
-            ident = self._ids.next(at_us)
+            ident = uuid7_from(stamp.id_prefix, self._entropy)
             fragment = draft.fragment
             json = message_json(
-                id_text=ident, session_json=session.id_json, seq=seq, inserted_at=at_text, fragment=fragment
+                id_text=ident, session_json=session.id_json, seq=seq, inserted_at=stamp.text, fragment=fragment
             )
             messages.append(Message(session.slot, session.id, seq, at_us, draft.key, content_hash(fragment), json))
-            acks.append(Ack(seq, ident, at_ack, False))
+            acks.append(Ack(seq, ident, stamp.ack, False))
         try:
             pos = self._writes.messages(session, messages)
         except LogError as error:
             raise refusal(error) from error
         session.seq_assigned = seq
         at_s = self._clock.monotonic_s()
-        add = self._keys.add
         for message, ack in zip(messages, acks, strict=True):
-            add(
+            self._keys.add(
                 session.id,
                 message.key,
-                KnownKey(message.seq, at_us, message.content_hash, ack.id),
+                seq=message.seq,
+                inserted_at_us=at_us,
+                content_hash=message.content_hash,
+                ident=ack.id,
                 pos=pos,
                 at_s=at_s,
             )
-        self._keys.evict(at_s)
         self.appended += len(messages)
         return acks
+
+    def _now(self) -> _Stamp:
+        at_us = self._clock.now_us()
+        stamp = self._stamp
+        if not 0 <= at_us - stamp.at_us < STAMP_US:
+            stamp = self._stamp = _Stamp(at_us, self._inserted_at.text(at_us))
+        return stamp
 
     def _first_answer(self, hit: KnownKey) -> Ack:
         return Ack(hit.seq, hit.id, str(self._inserted_at.text(hit.inserted_at_us), "ascii"), True)
 
-    def fill_conflicts(self, call: _Call) -> None:
-        """Put the last seq that is durable now into the call's conflicts."""
-        last_seq = self._sessions.get(call.request.session).seq_durable
-        body = Conflict(f"expected_seq is not the session's last_seq, which is {last_seq}", last_seq=last_seq).body()
-        for index in call.conflicts:
-            call.results[index] = EntryResult([], body)
+    def _spawn(self, call: _Call, work: Awaitable[None]) -> None:
+        """Answer the call after `work`: from memory after a look, for a younger process may have gone on long ago."""
 
-    async def _answer_after_look(self, call: _Call) -> None:
-        """For answers from memory: a younger process may have gone on long ago."""
-        try:
-            await self._look()
-        except LogError:
-            call.stopped()
-        else:
-            call.settled()
+        async def finish() -> None:
+            try:
+                await work
+            except LogError:
+                call.stopped()
+            else:
+                call.settled()
+
+        self._run(finish())
 
     async def _compare(self, call: _Call, question: _Unclear) -> None:
         """Find out whether the stored message says the same, then go on with the call."""
@@ -312,13 +329,17 @@ class Sequencer:
             stored = await self._stored(session_id, known.seq)
             session = self._sessions.get(session_id)
             self._admits(session.slot)
-        except (LogError, FleetError) as error:
-            call.refuse_rest(error if isinstance(error, TryAgain) else STOPPED)
+        except TryAgain as error:
+            call.refuse_rest(error)
             self._finish(call)
-            return
-        # A message that is gone cannot be shown to say the same.
-        call.verdicts[draft.key, question.fresh_hash] = stored is not None and same_fragment(stored, draft.fragment)
-        self._advance(call, session)
+        except (LogError, TableDamaged):
+            call.refuse_rest(STOPPED)
+            self._finish(call)
+        else:
+            # A message that is gone cannot be shown to say the same.
+            same = stored is not None and same_fragment(stored, draft.fragment)
+            call.verdicts[draft.key, question.fresh_hash] = same
+            self._advance(call, session)
 
 
 _UNFILLED: Final = EntryResult([])

@@ -22,7 +22,6 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from fleetlm_common import rpc
-from fleetlm_common.clock import Clock
 from fleetlm_common.errors import FleetError, Invalid, Moved, TryAgain, Unauthenticated
 from fleetlm_common.ids import SessionId, Slot, Term, checked_id
 from fleetlm_common.logs import Logger
@@ -37,10 +36,13 @@ from fleetlm_shard.subscriptions import BUFFERED_BYTES_MAX, Subscription, Subscr
 
 HELLO_TIMEOUT_S: Final = 5.0
 """A connection that does not say who it is may not stay."""
-SILENT_S_MAX: Final = 30.0
+SWEEP_S: Final = 1.0
+"""How often connections are looked at."""
+SILENT_SWEEPS_MAX: Final = 30
 """Gateways send a PING each second: one that was not heard for so long is gone, and its subscriptions with it."""
-SWEEP_S: Final = 5.0
-"""How often silent connections are looked for."""
+UNREAD_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Answers that a gateway has not taken. Streams end and reads are refused long before; only the answers to appends of a
+peer that never reads come here, and a sweep sees it before it has grown by more than a second's worth."""
 READS_MAX: Final = 32
 """Requests other than appends that are worked on at once: with pages of 1 MiB this bounds their memory."""
 
@@ -100,7 +102,6 @@ class Server:
         subscriptions: streams.
         slot_of: the slot of a session id in this ring.
         refusal: asked at each request.
-        clock: for silence.
         log: for events.
         connections_max: gateways at once.
         requests_max: in flight on one connection.
@@ -117,7 +118,6 @@ class Server:
         subscriptions: Subscriptions,
         slot_of: Callable[[SessionId], Slot],
         refusal: Refusal,
-        clock: Clock,
         log: Logger,
         connections_max: int,
         requests_max: int,
@@ -130,7 +130,6 @@ class Server:
         self.subscriptions = subscriptions
         self.slot_of = slot_of
         self.refusal = refusal
-        self.clock = clock
         self.log = log
         self.requests_max = requests_max
         self.reading = asyncio.Semaphore(READS_MAX)
@@ -181,13 +180,13 @@ class Server:
             connection.wire.close()
 
     async def sweep(self, sleep: Callable[[float], Awaitable[None]]) -> None:
-        """Close silent connections; runs until cancelled."""
+        """Close connections that are silent, or that take no answers; runs until cancelled."""
         while True:
             await sleep(SWEEP_S)
-            oldest_s = self.clock.monotonic_s() - SILENT_S_MAX
             for connection in list(self.connections):
-                if connection.heard_s < oldest_s:
-                    self.log.event("gateway.silent", level="warning", gateway=connection.gateway)
+                why = connection.sweep()
+                if why is not None:
+                    self.log.event("gateway.dropped", level="warning", gateway=connection.gateway, why=why)
                     connection.wire.abort()
 
 
@@ -199,7 +198,8 @@ class Connection:
         self.gateway = ""
         self.greeted = False
         self.in_flight = 0
-        self.heard_s = server.clock.monotonic_s()
+        self.heard = True
+        self.silent_sweeps = 0
         self.subscriptions: dict[int, Subscription] = {}
         self.subscribing: set[int] = set()
         """Ids of SUBSCRIBE requests that are being worked on; an UNSUBSCRIBE takes the id out."""
@@ -213,6 +213,14 @@ class Connection:
     def send(self, kind: int, ident: int, payload: bytes) -> None:
         """Queue a frame."""
         self.wire.send(kind, ident, payload)
+
+    def sweep(self) -> str | None:
+        """Once each `SWEEP_S`: why this connection must end, if so."""
+        self.silent_sweeps = 0 if self.heard else self.silent_sweeps + 1
+        self.heard = False
+        if self.silent_sweeps >= SILENT_SWEEPS_MAX:
+            return "silent"
+        return "does not read" if self.buffered_bytes > UNREAD_BYTES_MAX else None
 
     def _on_made(self, _: FrameConnection) -> None:
         if not self.server.may_join():
@@ -234,7 +242,7 @@ class Connection:
 
     def on_frame(self, kind: int, ident: int, payload: bytes) -> None:
         """One frame; must not raise."""
-        self.heard_s = self.server.clock.monotonic_s()
+        self.heard = True
         if not self.greeted:
             self._greet(kind, ident, payload)
         elif kind == Kind.APPEND:
@@ -281,11 +289,10 @@ class Connection:
 
     def _admit(self, ident: int) -> bool:
         """Count the request in, or answer why not."""
-        error = self.server.refusal()
-        if error is None and self.in_flight >= self.server.requests_max:
-            error = TryAgain(f"more than {self.server.requests_max} requests in flight", reason="overloaded")
-        if error is None and self.wire.buffered_bytes > BUFFERED_BYTES_MAX:
-            error = TryAgain("this gateway does not read its answers", reason="overloaded")
+        server = self.server
+        error = server.refusal()
+        if error is None and self.in_flight >= server.requests_max:
+            error = TryAgain(f"more than {server.requests_max} requests in flight", reason="overloaded")
         if error is not None:
             self._refuse(ident, error)
             return False
@@ -332,6 +339,8 @@ class Connection:
         async def serve() -> None:
             request = handler.decode(payload)
             async with self.server.reading:
+                if self.buffered_bytes > BUFFERED_BYTES_MAX:
+                    raise TryAgain("this gateway does not read its answers", reason="overloaded")
                 answer = await handler.serve(request)
             self.in_flight -= 1
             self.wire.send(handler.reply, ident, rpc.encode(answer))

@@ -48,10 +48,28 @@ class Session:
     """One session in memory. Owned by the loop; the sequencer alone advances it."""
 
     __slots__ = (
-        "changed", "changed_pos", "cursors", "cursors_assigned", "earliest_seq", "earliest_trim_pos", "first_pos", "first_seq", "id",
-        "id_json", "inserted_at_us", "last_pos", "last_seq_logged", "metadata", "pending", "ring", "ring_bytes", "seq_assigned",
-        "seq_durable", "slot", "subscribers",
-    )  # fmt: skip
+        "changed",
+        "changed_pos",
+        "cursors",
+        "cursors_assigned",
+        "earliest_seq",
+        "earliest_trim_pos",
+        "first_pos",
+        "first_seq",
+        "id",
+        "id_json",
+        "inserted_at_us",
+        "last_pos",
+        "last_seq_logged",
+        "metadata",
+        "pending",
+        "ring",
+        "ring_bytes",
+        "seq_assigned",
+        "seq_durable",
+        "slot",
+        "subscribers",
+    )
 
     def __init__(self, ident: str, slot: Slot, row: CheckpointRow | None, *, lost: int) -> None:
         self.id = ident
@@ -309,7 +327,7 @@ class Sessions:
             session.seq_assigned = session.seq_durable
 
     def evict(self) -> None:
-        """Come down to the budget: newest messages of the least recently used go first, then sessions that nothing holds."""
+        """Come down to the budget: the least recently used lose their newest messages, and leave if nothing holds them."""
         hot = self._hot
         for _ in range(EVICT_TRIES_MAX):
             if self.bytes <= self._bytes_max or len(hot) <= 1:

@@ -173,7 +173,6 @@ class Shard:
             subscriptions=self.subscriptions,
             slot_of=self.slot_of,
             refusal=self.refusal,
-            clock=world.clock,
             log=world.events,
             connections_max=config.connections_max,
             requests_max=config.requests_max,
