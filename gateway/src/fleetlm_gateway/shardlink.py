@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from fleetlm_common import rpc
-from fleetlm_common.errors import ErrorBody, FleetError, TryAgain, from_body
+from fleetlm_common.errors import ErrorBody, FleetError, TryAgain, TryAgainReason, from_body
 from fleetlm_common.logs import Logger
 from fleetlm_common.rpc import Kind
 from fleetlm_common.wire import FrameConnection
@@ -59,8 +59,8 @@ async def connect_tcp(factory: Callable[[], FrameConnection], host: str, port: i
 class NoPath(TryAgain):
     """No connection to the owner now: worth another try as soon as a link or the map changes."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, reason="unavailable")
+    def __init__(self, message: str, *, reason: TryAgainReason = "unavailable") -> None:
+        super().__init__(message, reason=reason)
 
 
 class _Refused(Exception):
@@ -212,7 +212,7 @@ class ShardLink:
         if wire is None or not self._ready:
             raise NoPath(f"no connection to {self.shard}: {self.why}")
         if self._leaving:
-            raise TryAgain(f"{self.shard} is leaving", reason="draining")
+            raise NoPath(f"{self.shard} is leaving", reason="draining")
         if len(self._calls) >= IN_FLIGHT_MAX or wire.buffered_bytes + len(payload) > BUFFERED_BYTES_MAX:
             raise TryAgain(f"too much is waiting for {self.shard}", reason="overloaded")
         self._ident += 1
@@ -341,7 +341,10 @@ class ShardLink:
         if was_ready:
             self._on_state(False)
         for on_reply in waiting:
-            on_reply(LOST, b"")
+            try:
+                on_reply(LOST, b"")
+            except Exception as error:  # noqa: BLE001  one broken callback must not cost the others their answer
+                self._loop.call_exception_handler({"message": f"answering LOST on {self.shard}", "exception": error})
 
     def _on_frame(self, kind: int, ident: int, payload: bytes) -> None:
         self._heard = True
