@@ -120,9 +120,10 @@ def test_each_boot_takes_a_larger_term_and_keeps_the_first_volume_id() -> None:
 
 
 def test_a_term_file_says_who_took_it() -> None:
-    """The paper in a term's file names ring, shard, volume, pod and boot, under a checksum."""
+    """The paper in a term's file names ring, shard, volume, pod and boot, under a checksum, durably."""
     world = SimVolume()
     take(world.process("a"), "a")
+    world.power_loss()
     data = world.read("term-0000000001")
     paper = decode_paper(data[: data.index(b"\0")], TermPaper)
     assert paper == TermPaper(
