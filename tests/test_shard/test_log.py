@@ -228,6 +228,21 @@ async def test_full_disk_refuses_appends_and_resumes() -> None:
     await opened.close()
 
 
+async def test_a_close_without_space_ends_and_says_so() -> None:
+    """What was taken in but has no segment to go to is not acknowledged, and `close` does not wait for ever."""
+    volume = SimVolume(capacity_bytes=10 * 1024 + SMALL.segment_bytes + 2000)
+    opened = await open_log(volume.process("p"), 1)
+    await opened.log.look()
+    for seq in range(1, 41):
+        opened.log.append(message("s", seq, text="x" * 500), None)
+    await opened.close()
+    assert 10 < len(opened.acked) < 40
+    assert isinstance(opened.stopped[0], LogDiskFull)
+    volume.capacity_bytes *= 10
+    again = await open_log(volume.process("q"), 2)
+    assert [each.seq for each in again.messages()] == [each.seq for each in opened.acked]
+
+
 async def test_an_idle_log_looks_and_writes_one_mark() -> None:
     """Idle, it looks each interval; one mark proves what was acknowledged, and no second one follows."""
     volume = SimVolume()

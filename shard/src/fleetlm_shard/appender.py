@@ -382,7 +382,10 @@ class Appender:
         self._begin()
         if batch is not None:
             self._owner.batch_durable(batch.link, batch.entries)
-        if self._drained is not None and not self._queue and not self._in_round and not self._drained.done():
+        self._wake_close()
+
+    def _wake_close(self) -> None:
+        if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
     def _advance(self, batch: _Batch) -> None:
@@ -413,13 +416,16 @@ class Appender:
 
     def _prepare(self) -> None:
         """Have the next segment zero-filled."""
-        if self._preparing or self._prepared is not None or self._stopped is not None or self._closing:
-            return
-        size = self._config.segment_bytes
         # What was taken in must get its segment, if need be from the reserve.
         accepted = bool(self._queue) and self._queue[0].link is not self.active
+        if self._preparing or self._prepared is not None or self._stopped is not None:
+            return
+        if self._closing and not accepted:
+            return
+        size = self._config.segment_bytes
         if self._free_bytes < size + (0 if accepted else self._config.reserve_bytes):
             self._prepare_refused = True
+            self._wake_close()
             return
         self._preparing = True
         temp, pause = self._temps.next(), self._lanes.pause
@@ -434,6 +440,7 @@ class Appender:
             self.stop(error or RuntimeError("a preparation without a result"), [])
         elif prepared is not None:
             self._kick()
+        self._wake_close()
 
     def _tick(self) -> None:
         """Each second: an idle log looks at its term; one that has been idle for a while writes its mark."""
@@ -466,6 +473,10 @@ class Appender:
             if timer is not None:
                 timer.cancel()
         while self._stopped is None and (self._queue or self._in_round):
+            blocked = self._prepare_refused and self._prepared is None and not self._preparing
+            if blocked and not self._in_round and self._queue[0].link is not self.active:
+                self.stop(LogDiskFull("there is no space for the segment of what is queued"), [])
+                break
             self._drained = self._loop.create_future()
             self._kick()
             await self._drained
@@ -474,7 +485,8 @@ class Appender:
             self._mark()
             # The round of the mark is a look, too: this waits for it.
             await self.look()
-        # After the preparer's last piece of work: nobody will use what it made.
+        # After the preparer's last piece of work and its answer: nobody will use what it made.
+        await run_on(self._lanes.preparer, lambda: None, self._loop)
         await run_on(self._lanes.preparer, self._discard_prepared, self._loop)
         self._file.close()
 
@@ -492,8 +504,7 @@ class Appender:
                 stopped = LogStopped(f"the log has stopped: {error}")
                 stopped.__cause__ = error
                 future.set_exception(stopped)
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._wake_close()
         for timer in (self._tick_timer, self._sync_timer):
             if timer is not None:
                 timer.cancel()

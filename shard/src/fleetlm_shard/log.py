@@ -18,7 +18,7 @@ from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
 from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, ReadResult
-from fleetlm_shard.reader import PageAnswer, PageRequest, find_in_link, read_page
+from fleetlm_shard.reader import IndexCache, PageAnswer, PageRequest, find_in_link, read_page
 from fleetlm_shard.records import Message, Trimmed
 from fleetlm_shard.recovery import BOUNDARY_BYTES, merged
 from fleetlm_shard.segments import CheckpointId, SegmentId, checkpoint_path, keep_aside
@@ -98,6 +98,7 @@ class Log:
         self._memory_only: set[SegmentId] = set()
         self._own_pending = 0
         self._next_reader = 0
+        self._caches = [IndexCache(start.disk) for _ in lanes.readers]
         self._stats = LogStats(strays=start.strays)
         self._appender = Appender(
             start,
@@ -211,7 +212,7 @@ class Log:
                 found=active.index.find(session, first_seq, limit),
                 links=self._sealed[::-1],
             )
-            answer = await self._on_reader(partial(read_page, self._disk, request))
+            answer = await self._on_reader(partial(read_page, request))
             if answer.damaged and self.trim_pos != trim_pos:
                 # Retention took the files away under the reader.
                 continue
@@ -227,9 +228,9 @@ class Log:
         found = active.index.find(session, 0, 1)
         rebuilt: list[tuple[Link, MemoryIndex]] = []
 
-        def search() -> tuple[int, int] | None:
+        def search(cache: IndexCache) -> tuple[int, int] | None:
             for link in links:
-                place = find_in_link(self._disk, link, session, first_seq=0, limit=1, rebuilt=rebuilt)
+                place = find_in_link(cache, link, session, first_seq=0, limit=1, rebuilt=rebuilt)
                 if place is not None:
                     return place.places[0]
             return None
@@ -238,9 +239,10 @@ class Log:
         self._learn(PageAnswer(ReadResult((), (), has_more=False), rebuilt=rebuilt))
         return first or (found.places[0] if found is not None else None)
 
-    def _on_reader(self, work: Callable[[], T]) -> asyncio.Future[T]:
+    def _on_reader(self, work: Callable[[IndexCache], T]) -> asyncio.Future[T]:
         self._next_reader = (self._next_reader + 1) % len(self._lanes.readers)
-        return run_on(self._lanes.readers[self._next_reader], work, self._loop)
+        cache = self._caches[self._next_reader]
+        return run_on(self._lanes.readers[self._next_reader], partial(work, cache), self._loop)
 
     def _learn(self, answer: PageAnswer) -> None:
         """Keep what a read found out: indexes that it had to build, places that are damaged."""
@@ -400,6 +402,9 @@ class Log:
             self._stats.trimmed_segments += count
             ids = [link.id for link in gone]
             await self._in_background(lambda: delete_segments(self._disk, ids))
+            paths = [link.index_path for link in self._sealed if link.index_path is not None]
+            for lane, cache in zip(self._lanes.readers, self._caches, strict=True):
+                lane.submit(partial(cache.keep_only, paths), self._background_done)
         finally:
             self._trimming = False
         return True
@@ -468,6 +473,8 @@ class Log:
         for lane in {id(lane): lane for lane in self._lanes.all()}.values():
             await run_on(lane, _nothing, self._loop)
         self._lanes.close()
+        for cache in self._caches:
+            cache.keep_only(())
         for kept in self._kept:
             kept.table.close()
 

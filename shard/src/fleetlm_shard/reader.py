@@ -7,6 +7,7 @@ Must not be done here: deciding which segments there are (`log.py`).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -18,11 +19,13 @@ from fleetlm_shard.segment_index import Found, MemoryIndex, find_in_value
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from fleetlm_shard.chain import Link
     from fleetlm_shard.disk import Disk, File
 
+TABLES_MAX: Final = 64
+"""Open indexes of a lane: descriptors, and some 100 KiB of directory each at 100,000 sessions a segment."""
 _CHUNK_BYTES: Final = 64 * 1024
 """Read at once where a session's messages lie close together."""
 _SINGLE_BYTES: Final = 2048
@@ -58,21 +61,58 @@ class PageAnswer:
     rebuilt: list[tuple[Link, MemoryIndex]] = field(default_factory=list["tuple[Link, MemoryIndex]"])
 
 
+class IndexCache:
+    """Open indexes of one reader lane, the least recently used are closed first. Not shared between threads."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self._tables: OrderedDict[str, Table] = OrderedDict()
+
+    def table(self, path: str) -> Table:
+        """The index at `path`, open.
+
+        Raises:
+            TableDamaged, FileNotFoundError: there is none that could be used.
+        """
+        table = self._tables.get(path)
+        if table is not None:
+            self._tables.move_to_end(path)
+            return table
+        file = self.disk.open(path)
+        try:
+            table = Table(file, KIND_INDEX)
+        except BaseException:
+            file.close()
+            raise
+        self._tables[path] = table
+        if len(self._tables) > TABLES_MAX:
+            self._tables.popitem(last=False)[1].close()
+        return table
+
+    def keep_only(self, paths: Iterable[str]) -> None:
+        """Close the others: an open file takes space also after it was deleted."""
+        kept = set(paths)
+        for path in [path for path in self._tables if path not in kept]:
+            self._tables.pop(path).close()
+
+
 def find_in_link(
-    disk: Disk, link: Link, session: str, *, first_seq: int, limit: int, rebuilt: list[tuple[Link, MemoryIndex]]
+    cache: IndexCache,
+    link: Link,
+    session: str,
+    *,
+    first_seq: int,
+    limit: int,
+    rebuilt: list[tuple[Link, MemoryIndex]],
 ) -> Found | None:
     """Where a sealed segment has messages of a session."""
     index, path = link.index, link.index_path
     if index is None and path is not None:
         try:
-            file = disk.open(path)
-            try:
-                value = Table(file, KIND_INDEX).get(session.encode())
-            finally:
-                file.close()
+            value = cache.table(path).get(session.encode())
         except (TableDamaged, FileNotFoundError):
             # The index is only derived: the segment itself says what it holds.
-            index = index_of(read_span(disk, link, link.header.base_pos, link.end_pos).data, link)
+            index = index_of(read_span(cache.disk, link, link.header.base_pos, link.end_pos).data, link)
             rebuilt.append((link, index))
         else:
             if value is None:
@@ -81,7 +121,7 @@ def find_in_link(
     return index.find(session, first_seq, limit) if index is not None else None
 
 
-def read_page(disk: Disk, request: PageRequest) -> PageAnswer:
+def read_page(request: PageRequest, cache: IndexCache) -> PageAnswer:
     """Read one page."""
     answer = PageAnswer(ReadResult((), (), has_more=False))
     parts: list[tuple[Link, Places]] = []
@@ -100,7 +140,7 @@ def read_page(disk: Disk, request: PageRequest) -> PageAnswer:
             break
         link = following
         found = find_in_link(
-            disk,
+            cache,
             link,
             request.session,
             first_seq=request.first_seq,
@@ -108,7 +148,7 @@ def read_page(disk: Disk, request: PageRequest) -> PageAnswer:
             rebuilt=answer.rebuilt,
         )
     parts.reverse()
-    answer.result = _fetch(disk, request, parts, more=more, answer=answer)
+    answer.result = _fetch(cache.disk, request, parts, more=more, answer=answer)
     return answer
 
 

@@ -1,0 +1,1 @@
+"""Files and vectors of every format version, read by today's code."""
