@@ -98,6 +98,7 @@ def test_a_stored_map_is_durable_and_replaces_elder_ones() -> None:
     assert volume.stored_map() is None
     for epoch in (3, 5, 5, 4):
         volume.store_map(ring(epoch))
+    assert [path for path in world.paths() if "map" in path] == ["map-0000000001-0000000005.json"]
     world.power_loss()
     younger = take(world.process("b"), "b")
     kept = younger.stored_map()
