@@ -59,9 +59,9 @@ class Front:
             config=config, boundary=boundary, metrics=metrics, log=log, clock=clock, entropy=entropy, keys=keys
         )
         rest = Rest(boundary=boundary, config=config, keys=keys, clock=clock, entropy=entropy)
-        app = HttpApp(hub=self.hub, rest=rest, name=config.name, version=version("fleetlm-gateway"), log=log).app
+        self.app = HttpApp(hub=self.hub, rest=rest, name=config.name, version=version("fleetlm-gateway"), log=log).app
         self._runner = web.AppRunner(
-            app,
+            self.app,
             access_log=None,
             auto_decompress=False,
             keepalive_timeout=KEEP_ALIVE_S,

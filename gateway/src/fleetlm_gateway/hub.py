@@ -90,6 +90,10 @@ class Hub:
         if not self._sockets:
             self._empty.set()
 
+    def sockets(self) -> list[Socket]:
+        """Those that are open now."""
+        return list(self._sockets)
+
     def flush_later(self, out: Outflow) -> None:
         """Flush it at the end of this tick: one call of the loop for all that were written to."""
         if not self._dirty:

@@ -26,6 +26,7 @@ _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _OTHERS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS: Final = bytes.maketrans(b"[{]}", b"\x02\x02\x00\x00")
 _UNKNOWN: Final = "Object contains unknown field `"
+_MISSING: Final = "Object missing required field `"
 _NAME_CHARS_MAX: Final = 100
 """Of a client's own words in an answer: enough to recognise them."""
 
@@ -113,6 +114,9 @@ def _refusal(text: str, where: str) -> Invalid:
     if text.startswith(_UNKNOWN):
         name = text[len(_UNKNOWN) :].rpartition("`")[0][:_NAME_CHARS_MAX]
         return Invalid(f"unknown field {where}{name}", reason="unknown_field", field=where + name)
+    if text.startswith(_MISSING):
+        name = where + text[len(_MISSING) :].partition("`")[0]
+        return Invalid(f"{name} is missing", reason="missing_field", field=name)
     what, found, path = text.rpartition(" - at `$")
     if not found:
         name = where.rstrip(".") or "payload"

@@ -129,6 +129,10 @@ class Outflow:
         """Whether deliveries are refused."""
         return self.full or self._pending_bytes > self._hub.config.write_buffer_bytes
 
+    def waiting_bytes(self) -> int:
+        """What this process holds for the client and its network has not taken."""
+        return self._pending_bytes + (0 if self._transport is None else self._transport.get_write_buffer_size())
+
     def starve(self, channel: Channel) -> None:
         """Remember whom to call when there is room again."""
         self._starved[channel] = None
