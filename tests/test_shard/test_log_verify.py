@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from fleetlm_common.ids import ShardName
+from fleetlm_shard.chain import index_of, read_chain, read_span
 from fleetlm_shard.disk import OsDisk
+from fleetlm_shard.housekeeping import write_index
+from fleetlm_shard.segment_index import MemoryIndex
+from fleetlm_shard.segments import TempNames, parse_names
 from fleetlm_shard.verify import VerifyReport, verify, verify_disk
 from fleetlm_shard.volume_types import Identity, encode_paper
 from tests.support.faults import Op
-from tests.support.logkit import SMALL, message, open_log
+from tests.support.logkit import SMALL, TestFence, message, open_log
 from tests.support.simdisk import WRITES, SimVolume
 
 
@@ -106,3 +110,22 @@ async def test_with_a_living_owner_only_what_is_sealed_is_checked(tmp_path: Path
     assert not after.owner_alive
     assert after.ok
     assert after.messages == 79
+
+
+def test_an_index_that_does_not_agree_with_its_segment_is_a_problem(filled: SimVolume) -> None:
+    """Whole by all its checksums, and yet it names another place for a message."""
+    volume = filled.copy()
+    disk = volume.process("forger")
+    chain = read_chain(disk, TestFence(disk, 9), parse_names(disk.listdir("log")))
+    link = chain.links[0]
+    data = read_span(disk, link, link.header.base_pos, link.end_pos).data
+    right = index_of(data, link)
+    wrong = MemoryIndex()
+    for session in ("a", "b", "c"):
+        for run in right.runs(session):
+            for seq, pos in enumerate(run[1:], run[0]):
+                wrong.add(session, seq, pos + (session == "b"))
+    path = write_index(disk, TempNames(9), link, wrong, made_in=9, pause=lambda: None)
+    report = _check(volume)
+    assert [problem.path for problem in report.problems] == [path]
+    assert "'b'" in report.problems[0].what

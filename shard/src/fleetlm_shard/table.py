@@ -139,7 +139,7 @@ class Table:
             raise TableDamaged("the file is too short to be a table")
         header = self._read(0, _HEADER.size)
         magic, version, own_kind, crc = _HEADER.unpack(header)
-        if magic != _MAGIC or crc != crc32c(header[:-4]) or any(header[9:12]):
+        if magic != _MAGIC or crc != crc32c(header[:-4]):
             raise TableDamaged("the header is damaged")
         if version != FORMAT or own_kind != kind:
             raise TableDamaged(f"format {version} kind {own_kind} where format {FORMAT} kind {kind} belongs")
