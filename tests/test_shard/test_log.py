@@ -228,6 +228,24 @@ async def test_full_disk_refuses_appends_and_resumes() -> None:
     await opened.close()
 
 
+async def test_space_that_others_take_refuses_appends_although_the_segment_has_room() -> None:
+    """The reserve counts as soon as a look has seen it; a closed log takes nothing either."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1, replace(SMALL, reserve_bytes=40_000))
+    await opened.add(message("s", 1))
+    volume.capacity_bytes = volume.used_bytes() + 39_999
+    await opened.log.look()
+    with pytest.raises(LogDiskFull):
+        opened.log.append(message("s", 2), None)
+    volume.capacity_bytes += 1
+    await opened.log.look()
+    await opened.add(message("s", 2))
+    assert len(opened.acked) == 2
+    await opened.close()
+    with pytest.raises(LogStopped):
+        opened.log.append(message("s", 3), None)
+
+
 async def test_a_close_without_space_ends_and_says_so() -> None:
     """What was taken in but has no segment to go to is not acknowledged, and `close` does not wait for ever."""
     volume = SimVolume(capacity_bytes=10 * 1024 + SMALL.segment_bytes + 2000)
@@ -484,8 +502,9 @@ async def test_an_index_names_what_was_lost() -> None:
     assert again.next_seq("unknown") == 1
     third = await open_log(volume.process("r"), 3)
     assert third.boot.damage == again.boot.damage
-    damaged = [record for _, record in third.replayed if isinstance(record, Damaged)]
-    assert len(damaged) == 1
+    fourth = await open_log(volume.process("s"), 4)
+    damaged = [record for _, record in fourth.replayed if isinstance(record, Damaged)]
+    assert len(damaged) == 1, "damage is written down once"
 
 
 async def test_files_of_others_are_refused_or_left_alone() -> None:
@@ -535,7 +554,7 @@ async def test_an_elders_late_writes_are_never_read() -> None:
     found = await third.read_all("s")
     assert [each.seq for each in found] == [1, 2, 3, 4, 5]
     assert b"young" in found[-1].json
-    assert not third.boot.damage
+    assert not third.log.damage
     assert any(path.startswith("log/0000000001-") for path in third.boot.strays)
 
 
