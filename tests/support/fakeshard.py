@@ -221,6 +221,7 @@ class FakeShard:
         frozen: nothing is answered, not even PING, while the connection stands (a frozen process).
         start_at_last: subscriptions begin at the session's last seq, whatever was asked for.
         skip_pushes: so many next messages are left out of pushes (a hole).
+        hangs_up: after each WELCOME the connection is closed.
         list_max: pages of LIST are at most so long, whatever was asked for.
         chaos: misbehaves at random, with this.
     """
@@ -237,6 +238,7 @@ class FakeShard:
         self.start_at_last = False
         self.skip_pushes = 0
         self.list_max = 1000
+        self.hangs_up = False
         self.refuse_hello: FleetError | None = None
         self.chaos: random.Random | None = None
         self.unsubscribed = 0
@@ -266,6 +268,10 @@ class FakeShard:
     def script(self, kind: Kind, *behaviours: Behaviour) -> None:
         """What the next requests of a kind meet, one each; then the shard behaves again."""
         self._scripts[kind].extend(behaviours)
+
+    def behave(self) -> None:
+        """Forget every script."""
+        self._scripts.clear()
 
     def asked(self, kind: type[msgspec.Struct]) -> list[msgspec.Struct]:
         """The requests of that type so far."""
@@ -330,6 +336,8 @@ class FakeShard:
         else:
             welcome = rpc.Welcome(rpc.PROTOCOL, self.name, self.term, self.world.ring.epoch)
             peer.wire.send(Kind.WELCOME, 0, rpc.encode(welcome))
+            if self.hangs_up:
+                peer.wire.close()
 
     def _chaotic(self, kind: Kind) -> Behaviour | None:
         if self.chaos is None or self.chaos.random() > 0.25:

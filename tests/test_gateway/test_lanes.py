@@ -268,6 +268,29 @@ def test_those_behind_an_expired_append_go_on_in_order() -> None:
     run_fast(main())
 
 
+def test_one_request_may_hold_expired_and_living_appends() -> None:
+    """When the deadline of one append in a request passes, the others in it still get their own answers."""
+
+    async def main() -> None:
+        async with rig() as parts:
+            shard, answers = parts.shards[0], Answers()
+            first, second = asyncio.Event(), asyncio.Event()
+            shard.script(Kind.APPEND, Hold(first), Hold(second))
+            submit(parts, answers, "a", "b")
+            await asyncio.sleep(REQUEST_DEADLINE_S / 2)
+            submit(parts, answers, "c")
+            first.set()
+            await shard.until_asked(rpc.Append, 2)
+            await until(lambda: answers.outcomes["b"])
+            assert isinstance(answers.error("b"), TryAgain)
+            second.set()
+            await until(lambda: answers.complete)
+            assert requests(shard) == [["a"], ["b", "c"]]
+            assert answers.seq("c") == 3
+
+    run_fast(main())
+
+
 def test_a_late_answer_is_dropped() -> None:
     """The reply to a request whose appends have all been answered does not touch those behind them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +13,7 @@ from fleetlm_common.errors import TryAgain, Unauthenticated
 from fleetlm_common.ids import SessionId
 from fleetlm_common.logs import NullLogger
 from fleetlm_common.rpc import Kind
+from fleetlm_common.wire import FrameConnection
 from fleetlm_gateway import shardlink
 from fleetlm_gateway.shardlink import LOST, Identity, NoPath, ShardLink, Target, connect_tcp
 from tests.support.fakeshard import RING_UID, FakeShard, Hold, Mute, World, draft
@@ -172,6 +174,50 @@ def test_a_frozen_link_is_left_for_a_younger_life() -> None:
             )
             assert [ack.seq for ack in acks] == [1]
             assert not elder.asked(rpc.Append)
+
+    run_fast(main())
+
+
+def test_a_shard_that_hangs_up_is_not_knocked_at_in_a_rush() -> None:
+    """A shard that accepts and closes at once is no success: the backoff grows as if it had refused."""
+
+    async def main() -> None:
+        async with rig() as parts:
+            shard = parts.shards[0]
+            shard.hangs_up = True
+            shard.cut()
+            await asyncio.sleep(10)
+            assert 5 < len(shard.hellos) < 30
+            shard.hangs_up = False
+            await parts.until_all_links()
+
+    run_fast(main())
+
+
+def test_a_place_that_does_not_answer_is_left_for_a_new_one() -> None:
+    """A connection attempt that hangs (a lost node) is given up as soon as the shard says that it is elsewhere."""
+
+    async def main() -> None:
+        world = World(1)
+        shard = FakeShard(world, world.names[0])
+        await shard.start()
+        hangs = asyncio.Event()
+
+        async def connect(factory: Callable[[], FrameConnection], host: str, port: int) -> FrameConnection:
+            if port == 1:
+                hangs.set()
+                await asyncio.Event().wait()
+            return await connect_tcp(factory, host, port)
+
+        link = make_link(connect=connect)
+        link.aim(Target("127.0.0.1", 1, RING_UID, "volume-shard-0", 1))
+        await hangs.wait()
+        began_s = asyncio.get_running_loop().time()
+        link.aim(aimed_at(shard))
+        await until(lambda: link.ready)
+        assert asyncio.get_running_loop().time() - began_s < shardlink.CONNECT_TIMEOUT_S * 0.8
+        await link.close()
+        await shard.stop()
 
     run_fast(main())
 

@@ -250,6 +250,23 @@ def test_a_reader_never_goes_silent(
     run_fast(main())
 
 
+def test_refused_subscriptions_back_off() -> None:
+    """Ten seconds of refused SUBSCRIBEs cost some tens of frames, and the reader is served when they end."""
+
+    async def main() -> None:
+        async with rig() as parts:
+            shard = parts.shards[0]
+            shard.script(Kind.SUBSCRIBE, *[Refuse(BUSY)] * 1000)
+            sink, _ = await join(parts, LiveOnly())
+            await asyncio.sleep(10)
+            assert 10 < len(shard.asked(rpc.Subscribe)) < 60
+            shard.behave()
+            parts.world.write("s")
+            await sink.until(1)
+
+    run_fast(main())
+
+
 def test_a_ring_that_lost_messages_is_not_papered_over() -> None:
     """When the owner holds less than readers have seen, they are closed with `cursor_ahead`."""
 

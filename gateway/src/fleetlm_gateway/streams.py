@@ -45,7 +45,7 @@ LINGER_S: Final = 2.0
 SUBSCRIBE_TIMEOUT_S: Final = 10.0
 """A SUBSCRIBE without an answer is sent again."""
 SETTLED_S: Final = 5.0
-"""A subscription that stood this long, or pushed something, was a success: the next failure starts the backoff anew."""
+"""A subscription that stood this long was a success: the next failure starts the backoff anew."""
 PAGE_RETRY_S: Final = 0.25
 """Before a page that failed is asked for again (the request itself has been retried until its deadline)."""
 
@@ -193,15 +193,14 @@ class Stream:
     def _meet(self, reader: Reader) -> None:
         """The rest out of the tail, and live: one step, nothing may wait in between."""
         try:
-            chunks = self._tail.after(reader.cursor)
+            for chunk in self._tail.after(reader.cursor):
+                if not reader.take(chunk):
+                    return
         except msgspec.MsgspecError:
             # A push that is not what it says cannot be cut; pages hold the same messages one by one.
             self._restart_tail(self._tail.last_seq)
             self._want_page(reader)
             return
-        for chunk in chunks:
-            if not reader.take(chunk):
-                return
         reader.to(State.LIVE)
         reader.met_live()
 
@@ -393,7 +392,6 @@ class Stream:
         if push.first_seq <= tail.last_seq:
             chunk = cut(chunk, tail.last_seq)
         self._router.metrics.pushes.inc()
-        self._retry.reset()
         tail.add(chunk)
         self._streams.tail_bytes += len(chunk.body)
         for reader in self._live_readers():

@@ -87,9 +87,6 @@ class Tail:
             self.size_bytes -= len(dropped.body)
 
     def after(self, seq: int) -> list[Chunk]:
-        """What is kept after `seq`, which is at least `first_seq` - 1."""
+        """The chunks that hold what comes after `seq` (at least `first_seq` - 1); the first may begin before that."""
         assert seq + 1 >= self.first_seq, "the caller replays what is not kept"
-        chunks = [chunk for chunk in self._chunks if chunk.last_seq > seq]
-        if chunks and chunks[0].first_seq <= seq:
-            chunks[0] = cut(chunks[0], seq)
-        return chunks
+        return [chunk for chunk in self._chunks if chunk.last_seq > seq]
