@@ -95,7 +95,7 @@ class Model:
                 "sender_kind": "human",
                 "kind": draft.get("kind", "message"),
                 "content": draft["content"],
-                "metadata": draft.get("metadata", {}),
+                "metadata": draft.get("metadata"),
                 "inserted_at": "2026-01-01T00:00:00Z",
             }
         )
@@ -122,6 +122,10 @@ def gap_body(log: Log, from_seq: int) -> dict[str, Any]:
     }
 
 
+def _no_fault(event: str) -> Fault:
+    return "none"
+
+
 class ModelSocket:
     """One client's socket at the server.
 
@@ -139,7 +143,7 @@ class ModelSocket:
         self.joins: dict[str, tuple[str, int]] = {}
         self._model = model
         self._participant = participant
-        self._fault = fault or (lambda event: "none")
+        self._fault = fault or _no_fault
         model.sockets.append(self)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fleetlm_client.channel import Channel
-from fleetlm_client.drafts import NewMessage, fragment, fragments
+from fleetlm_client.drafts import Fragment, NewMessage, fragment, fragments
 from fleetlm_client.events import Ack, Event
 from fleetlm_client.link import Link
 from fleetlm_client.outbox import Append
@@ -61,6 +61,7 @@ class Harness:
     ) -> Append:
         """Submit an append; its result appears in `results` under its first key."""
         drafts = [NewMessage(content=content, idempotency_key=key) for content in contents]
+        made: tuple[Fragment, ...]
         if len(drafts) == 1:
             made = (fragment(drafts[0], now_ms=0, entropy=self.entropy),)
         else:

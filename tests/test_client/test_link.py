@@ -8,6 +8,7 @@ import pytest
 
 from fleetlm_client.backoff import Backoff
 from fleetlm_client.channel import Call
+from fleetlm_client.errors import ProtocolMismatch
 from fleetlm_client.settings import Settings
 from fleetlm_common.errors import FleetError, TryAgain
 from tests.support.phoenix_model import Fault
@@ -162,6 +163,32 @@ def test_what_cannot_be_read_ends_the_connection() -> None:
         harness.settle()
         harness.run(10)
     assert harness.link.connections == 6
+
+
+def test_a_server_that_cannot_be_read_at_all_is_said() -> None:
+    """Three connections in a row end at once with an unreadable frame: raised, not retried for ever."""
+    harness = Harness()
+    channel = harness.channel()
+    for _ in range(3):
+        harness.run(1)
+        harness.link.received("nonsense", harness.now_s)
+    assert isinstance(channel.error, ProtocolMismatch)
+    assert harness.link.state == "failed"
+
+
+def test_connections_that_end_at_once_are_made_less_and_less_often() -> None:
+    """A server that accepts and closes is not stormed: the waits grow although connecting works."""
+    harness = Harness()
+    harness.channel()
+    begin_s = harness.now_s
+    for _ in range(40):
+        while harness.socket is None:
+            at_s = harness.link.next_at_s()
+            assert at_s is not None
+            harness.advance(max(0.0, at_s - harness.now_s))
+            harness.settle()
+        harness.cut()
+    assert harness.now_s - begin_s > 30
 
 
 def test_a_session_is_joined_once_per_client() -> None:

@@ -13,7 +13,14 @@ Guide: docs/client.md. Errors: `fleetlm_client.errors` and `fleetlm_common.error
 
 from fleetlm_client.client import Client, connect, connect_rest
 from fleetlm_client.drafts import NewMessage
-from fleetlm_client.errors import ClientClosed, ConnectionRefused, NotReachable, NotSent, OutcomeUnknown
+from fleetlm_client.errors import (
+    ClientClosed,
+    ConnectionRefused,
+    NotReachable,
+    NotSent,
+    OutcomeUnknown,
+    ProtocolMismatch,
+)
 from fleetlm_client.events import (
     Ack,
     CaughtUp,
@@ -64,6 +71,7 @@ __all__ = [
     "NotSent",
     "OutcomeUnknown",
     "Page",
+    "ProtocolMismatch",
     "ReadCursor",
     "Reconnected",
     "Rejected",

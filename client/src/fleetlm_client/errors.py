@@ -4,7 +4,9 @@
     ├── OutcomeUnknown   may have been appended: append again with `keys`, or look into the session
     ├── NotSent          was never sent, so was not appended: append again, any key will do
     ├── NotReachable     no connection could be made in time: check the address, or whether anything runs there
-    └── ConnectionRefused  the server closed for good (close code 4500–4999): reconnecting would not help
+    ├── ConnectionRefused  the server closed for good (close code 4500–4999): reconnecting would not help
+    ├── ProtocolMismatch   the server says what this client cannot read: update one of them
+    └── ClientClosed       this object was closed by its owner
 
 Promise: an append ends in an answer, in a `Rejected` (was not and will not be appended) or in one of these.
 Must not be done here: deciding which (`outbox.py`, `link.py`).
@@ -76,6 +78,15 @@ class ConnectionRefused(FleetError):
     def __init__(self, message: str, *, close_code: int) -> None:
         super().__init__(message, reason="connection_refused")
         self.close_code = close_code
+
+
+class ProtocolMismatch(FleetError):
+    """Connection after connection brought frames that this client cannot read."""
+
+    code = "PROTOCOL_MISMATCH"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"frames of the server cannot be read: {message}", reason="protocol_mismatch")
 
 
 class ClientClosed(FleetError):

@@ -15,7 +15,10 @@ SenderKind = Literal["human", "agent", "system"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a session's log; `content` is any JSON value, `inserted_at` RFC 3339 in UTC."""
+    """One message of a session's log; `content` is any JSON value, `inserted_at` RFC 3339 in UTC.
+
+    `metadata` is None when the sender gave none.
+    """
 
     id: str
     session_id: str
@@ -24,7 +27,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     sender_kind: str
     kind: str
     content: Any
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] | None = None
     inserted_at: str
 
 

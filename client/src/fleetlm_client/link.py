@@ -21,7 +21,7 @@ import msgspec
 
 from fleetlm_client.backoff import Backoff
 from fleetlm_client.channel import Channel, ReplyTo
-from fleetlm_client.errors import ConnectionRefused
+from fleetlm_client.errors import ConnectionRefused, ProtocolMismatch
 from fleetlm_client.frames import PHOENIX_TOPIC, Frame, decode_frame, decode_reply, encode_frame
 from fleetlm_client.settings import Settings
 from fleetlm_common.errors import FleetError
@@ -29,6 +29,8 @@ from fleetlm_common.errors import FleetError
 State = Literal["down", "connecting", "up", "failed"]
 CLOSE_FINAL_MIN = 4500
 CLOSE_FINAL_MAX = 4999
+UNREADABLE_MAX = 3
+"""Connections in a row that ended with a frame that cannot be read: a fourth would bring it again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +62,8 @@ class Link:
         self._entropy = entropy
         self._backoff = self.backoff()
         self._connect_at_s = 0.0
+        self._connected_s = 0.0
+        self._unreadable = 0
         self._drain_at_s: float | None = None
         self._heard_s = 0.0
         self._heartbeat_s = 0.0
@@ -150,6 +154,7 @@ class Link:
         self.state = "up"
         self.wants_close = False
         self.connections += 1
+        self._connected_s = now_s
         self._heard_s = self._heartbeat_s = now_s
         for channel in list(self._channels.values()):
             channel.on_connected()
@@ -172,6 +177,10 @@ class Link:
             self.fail(ConnectionRefused(f"closed with {close_code}: {reason}", close_code=close_code))
             return
         self.state = "down"
+        if now_s - self._connected_s >= self._settings.backoff_cap_s:
+            # It lived: only connections that end at once make the waits grow.
+            self._backoff.reset()
+            self._unreadable = 0
         self._connect_at_s = now_s if planned else now_s + self._backoff.next_s(_retry_after_s(reason))
         for channel in self._channels.values():
             channel.on_disconnected()
@@ -190,9 +199,13 @@ class Link:
         self._now_s = self._heard_s = now_s
         try:
             self._dispatch(decode_frame(text), now_s)
-        except msgspec.DecodeError:
+        except msgspec.DecodeError as error:
             # What cannot be read may have been an answer: begin again on a connection where nothing is owed.
+            if not self.wants_close:
+                self._unreadable += 1
             self.wants_close = True
+            if self._unreadable >= UNREADABLE_MAX:
+                self.fail(ProtocolMismatch(str(error)))
 
     def _dispatch(self, frame: Frame, now_s: float) -> None:
         if frame.event == "phx_reply":
@@ -205,7 +218,6 @@ class Link:
         self.pump(channel, now_s)
 
     def _on_reply(self, frame: Frame, now_s: float) -> None:
-        self._backoff.reset()
         if frame.ref == self._heartbeat_ref:
             self._heartbeat_ref = None
             return

@@ -37,7 +37,7 @@ class SessionInfo(msgspec.Struct, frozen=True):
     last_seq: int
     earliest_seq: int
     inserted_at: str = ""
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] | None = None
 
 
 class SessionPage(msgspec.Struct, frozen=True):
