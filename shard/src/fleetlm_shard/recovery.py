@@ -354,7 +354,8 @@ class LogBoot:
     def _settle(self) -> None:
         """Everything was read: leave out what was trimmed, and what was known to be damaged before."""
         trim_pos = self.trim_pos
-        self._leftovers = [link for link in self._links[:-1] if link.end_pos <= trim_pos]
+        if self._trim is not None:
+            self._leftovers = [link for link in self._links[:-1] if link.end_pos <= trim_pos]
         gone = {link.id for link in self._leftovers}
         self._links = [link for link in self._links if link.id not in gone]
         begins_pos = self._links[0].header.base_pos if self._links else self._end.base_pos
