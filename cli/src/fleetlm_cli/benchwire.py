@@ -83,9 +83,10 @@ class WireSocket(asyncio.Protocol):
 
     def close(self) -> None:
         """Close politely."""
-        if self._transport is not None:
-            self._transport.write(_frame(_CLOSE, b"\x03\xe8"))
-            self._transport.close()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.write(_frame(_CLOSE, b"\x03\xe8"))
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Asyncio's call."""
@@ -149,5 +150,6 @@ class WireSocket(asyncio.Protocol):
             self.opened.set_exception(WireError(why))
         if not self.lost.done():
             self.lost.set_result(why)
-        if self._transport is not None:
-            self._transport.close()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
