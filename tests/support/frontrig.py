@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec
@@ -100,7 +100,7 @@ class FrontRig:
 
 
 @asynccontextmanager
-async def front_rig(**settings: Any) -> AsyncIterator[FrontRig]:
+async def front_rig(**settings: Any) -> AsyncGenerator[FrontRig]:
     """Run an outer half with `settings` of `GatewayConfig`."""
     settings.setdefault("drain_window_ms", 100)
     config = GatewayConfig(control="file:/nowhere", credential_file="none", **settings)
