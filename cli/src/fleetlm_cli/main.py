@@ -15,7 +15,9 @@ import typer
 from fleetlm_cli.append import append
 from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
+from fleetlm_cli.ring import ring
 from fleetlm_cli.sessions import sessions
+from fleetlm_cli.shards import shards
 from fleetlm_cli.tail import tail
 from fleetlm_cli.up import up
 
@@ -41,6 +43,8 @@ app.command()(up)
 app.command()(append)
 app.command()(tail)
 app.command()(sessions)
+app.command()(ring)
+app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 
 

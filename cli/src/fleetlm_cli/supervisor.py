@@ -39,7 +39,9 @@ LOG_POLL_S: Final = 0.25
 PROBE_TIMEOUT_S: Final = 2.0
 """One question for readiness."""
 PATIENCE_S: Final = 5.0
-"""A child that is alive and not ready for so long is worth a word, with its own reason."""
+"""A child that starts and is not ready for so long is worth a word, with its own reason."""
+LAPSE_S: Final = 1.0
+"""The same for one that was ready: one that is dying does not answer for a moment, and its end is told anyway."""
 EXIT_CONFIG: Final = 78
 """A component's status for a configuration that it refuses: trying again cannot help."""
 
@@ -224,16 +226,17 @@ class Supervisor:
 
     async def _probe(self, child: _Child) -> None:
         """Ask a child whether it is ready, for as long as it lives; tell people when that changes."""
-        born_s = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        ready_s = loop.time()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)) as http:
             while True:
                 answer = await _ask(http, child.spec.ops_url)
                 child.ready = answer.ok
                 if answer.ok:
                     child.was_ready = True
+                    ready_s = loop.time()
                     self._look_whether_all_ready()
-                age_s = asyncio.get_running_loop().time() - born_s
-                if child.was_ready or age_s > PATIENCE_S:
+                if answer.ok or loop.time() - ready_s > (LAPSE_S if child.was_ready else PATIENCE_S):
                     self._tell(child, answer)
                 await asyncio.sleep(WATCH_POLL_S if answer.ok else READY_POLL_S)
 

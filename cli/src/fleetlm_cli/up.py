@@ -26,12 +26,12 @@ from fleetlm_cli import ports, upfile
 from fleetlm_cli.children import FIRST_GATEWAY, Layout, child_specs, describe, port_names
 from fleetlm_cli.exits import Exit, Failure
 from fleetlm_cli.supervisor import EXIT_CONFIG, GaveUp, Supervisor, status_text
+from fleetlm_cli.target import DATA_DEFAULT
 from fleetlm_common.control import ControlPlaneUnavailable, RingSpec
 from fleetlm_common.filecontrol import create_ring
 from fleetlm_common.ring import SHARDS_MAX
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
 
-DATA_DEFAULT: Final = Path(".fleetlm")
 SHARDS_DEFAULT: Final = 3
 SLOTS_DEFAULT: Final = 256
 GATEWAYS_MAX: Final = 16
