@@ -250,6 +250,7 @@ class Stream:
         if broken or (gap is None and not page.messages):
             # A page that does not follow the cursor is not passed on; one that is empty although more was pushed
             # comes from a read that began earlier. Both: once more, a little later.
+            self._router.metrics.catch_up_pages.labels("broken" if broken else "empty").inc()
             self._later(waiting)
             return
         chunk = joined(page.first_seq, page.messages)
