@@ -38,8 +38,8 @@ def fragment(text: str, *, sender: str = "alice", kind: str = "message", metadat
 
 
 def draft(text: str, *, key: str | None = None) -> rpc.Draft:
-    """A draft whose key is its text unless told otherwise."""
-    return rpc.Draft(text if key is None else key, fragment(text))
+    """A draft whose key is its text (the first 60 characters of it) unless told otherwise."""
+    return rpc.Draft(text[:60] if key is None else key, fragment(text))
 
 
 class Stream:

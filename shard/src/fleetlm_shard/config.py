@@ -45,7 +45,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """`always`: acknowledge after fdatasync. `interval`: a machine's crash loses up to the interval. `never`: tests."""
     fsync_interval_ms: Annotated[int, Meta(ge=1, le=10_000)] = 100
     """Milliseconds between syncs with `interval`."""
-    segment_bytes: Annotated[int, Meta(ge=_MIB, le=1024 * _MIB)] = 64 * _MIB
+    segment_bytes: Annotated[int, Meta(ge=4 * _MIB, le=1024 * _MIB)] = 64 * _MIB
     """Length of a log segment: retention deletes whole ones, a checkpoint comes with each."""
     queue_bytes_max: Annotated[int, Meta(ge=_MIB)] = 32 * _MIB
     """Appended and not yet durable; past it `TRY_AGAIN overloaded`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Final, Literal
 
 from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable
@@ -24,6 +25,8 @@ from fleetlm_shard.sessions import Session
 
 REFRESH_TIMEOUT_S: Final = 2.0
 """For the live read before a refusal: well under a request's deadline, so that the gateway can still go elsewhere."""
+ADOPT_TIMEOUT_S: Final = 1.0
+"""For a map that is being acted on, before a request is told to come again."""
 
 Standing = Literal["NotMember", "Member", "VolumeLost"]
 
@@ -101,9 +104,13 @@ class Ownership:
         """
         if epoch > self.epoch:
             await self._refresh()
-        if slot in self.serves:
-            return
-        raise self.refusal(slot)
+        if slot not in self.serves and self._adopting.locked():
+            # A map is being acted on: its slots are opened within one batch, unless the disk is full.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ADOPT_TIMEOUT_S), self._adopting:
+                    pass
+        if slot not in self.serves:
+            raise self.refusal(slot)
 
     def refusal(self, slot: Slot) -> FleetError:
         """Why the slot is not served here."""

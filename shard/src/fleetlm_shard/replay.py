@@ -3,8 +3,8 @@
     ring (memory) → log (disk)      an archive will stand behind the log, as one more `Source`
 
 Promise: a page's messages have contiguous seqs from `first_seq`; whatever lies between the asked cursor and them is
-said as a `Gap`; a hole after some messages ends the page, so that the next one begins with the gap. Only what is durable
-is shown. Must not be done here: ownership, looks at the term (the server does both before it answers).
+said as a `Gap`; a hole after some messages ends the page, so that the next one begins with the gap. Only what is
+durable is shown. Must not be done here: ownership, looks at the term (the server does both before it answers).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fleetlm_shard.log import Log
-    from fleetlm_shard.log_types import Missing, ReadResult, StoredMessage
+    from fleetlm_shard.log_types import Missing, StoredMessage
     from fleetlm_shard.sessions import Session, Sessions
 
 
@@ -132,11 +132,11 @@ class Replay:
             hole_from = before - len(jsons)
         else:
             self.pages_cold += 1
-            asked_from, found = await self._ending_at(session_id, hole_from, before)
+            asked_from, held, missing = await self._ending_at(session_id, hole_from, before)
             session = self._sessions.get(session_id)
-            jsons = [message.json for message in _last_run(found.messages, before=before)]
-            below = found.messages[: len(found.messages) - len(jsons)]
-            hole_from, missing = below[-1].seq + 1 if below else asked_from, found.missing
+            jsons = [message.json for message in _last_run(held, before=before)]
+            below = held[: len(held) - len(jsons)]
+            hole_from = below[-1].seq + 1 if below else asked_from
             if before == session.seq_durable + 1:
                 self._sessions.remember(session, jsons)
         first_seq = before - len(jsons)
@@ -149,8 +149,10 @@ class Replay:
             gap=_gap(session, hole_from, first_seq, earliest_seq, missing),
         )
 
-    async def _ending_at(self, session_id: str, first_seq: int, before: int) -> tuple[int, ReadResult]:
-        """Messages up to `before` - 1, from the returned seq on.
+    async def _ending_at(
+        self, session_id: str, first_seq: int, before: int
+    ) -> tuple[int, list[StoredMessage], Sequence[Missing]]:
+        """The seq from which it was looked, what is held from there up to `before` - 1, and the known holes.
 
         The log cuts a page that is too large at its newer end, which is the end we want: ask for fewer until it fits.
         """
@@ -160,7 +162,8 @@ class Replay:
             )
             cut_short = found.has_more and bool(found.messages) and found.messages[-1].seq + 1 < before
             if not cut_short or first_seq + 1 >= before:
-                return first_seq, found
+                # Where the beginning is missing the count reaches beyond what was asked for.
+                return first_seq, [each for each in found.messages if each.seq < before], found.missing
             first_seq = max(first_seq + 1, before - max(1, len(found.messages) // 2))
 
 

@@ -238,7 +238,8 @@ class Sequencer:
             hit = self._keys.get(session_id, draft.key)
             if hit is not None:
                 self._check_content(call, draft, hit)
-                hits = hits or [None] * len(drafts)
+                if hits is None:
+                    hits = [None for _ in drafts]
                 hits[index] = hit
         return hits
 

@@ -327,7 +327,7 @@ class Sessions:
             session.seq_assigned = session.seq_durable
 
     def evict(self) -> None:
-        """Come down to the budget: the least recently used lose their newest messages, and leave if nothing holds them."""
+        """Come down to the budget: the least recently used lose their messages, and leave if nothing holds them."""
         hot = self._hot
         for _ in range(EVICT_TRIES_MAX):
             if self.bytes <= self._bytes_max or len(hot) <= 1:

@@ -1,0 +1,230 @@
+"""A whole shard in the test's own loop: real log on a simulated volume, real sockets, a disk that can be made to wait.
+
+    async with shard_rig() as rig, await rig.client() as client:
+        rig.writer.hold()                       # batches reach the disk no more …
+        ...
+        rig.writer.release()                    # … until now
+
+Promise: everything between socket and disk is the product's own. Must not be done here: faults of files (`faults.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from fleetlm_common import rpc
+from fleetlm_common.control import RingSpec
+from fleetlm_common.ids import Epoch, ShardName
+from fleetlm_common.logs import NullLogger
+from fleetlm_common.ring import Member, RingMap, ranges_from
+from fleetlm_shard.boot import Boot, Booted, BootInputs
+from fleetlm_shard.config import ShardConfig
+from fleetlm_shard.lanes import InlineLane, Lanes
+from fleetlm_shard.server import Credentials
+from fleetlm_shard.shard import Shard, World
+from tests.support.memorycontrol import MemoryControlPlane
+from tests.support.rpcclient import RpcClient
+from tests.support.simdisk import SimVolume
+
+T = TypeVar("T")
+SLOTS = 8
+NAME = ShardName("shard-0")
+SECRET = b"rig"
+CONFIG = ShardConfig(
+    name=NAME,
+    data="simulated",
+    listen="127.0.0.1:0",
+    ops_listen="127.0.0.1:0",
+    control="file:/simulated",
+    credential_file="none",
+    segment_bytes=4 * 1024 * 1024,
+    disk_reserve_bytes=0,
+)
+
+
+class RigClock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.at_us = 1_795_475_336_123_456
+        self.at_s = 1000.0
+
+    def advance(self, seconds: float) -> None:
+        """Both clocks move."""
+        self.at_us += int(seconds * 1e6)
+        self.at_s += seconds
+
+    def now_ms(self) -> int:
+        """See `Clock`."""
+        return self.at_us // 1000
+
+    def now_us(self) -> int:
+        """See `Clock`."""
+        return self.at_us
+
+    def monotonic_s(self) -> float:
+        """See `Clock`."""
+        return self.at_s
+
+
+class HeldLane:
+    """`Lane` in the loop that keeps work back while it is told to."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._inner = InlineLane(loop)
+        self._held: list[Callable[[], None]] = []
+        self.holding = False
+
+    def hold(self) -> None:
+        """Keep back what is submitted from now on."""
+        self.holding = True
+
+    def release(self) -> None:
+        """Do all of it, and go on."""
+        self.holding = False
+        held, self._held = self._held, []
+        for each in held:
+            each()
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that are kept back."""
+        return len(self._held)
+
+    def submit(self, work: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
+        """See `Lane`."""
+        if self.holding:
+            self._held.append(lambda: self._inner.submit(work, done))
+        else:
+            self._inner.submit(work, done)
+
+    def close(self) -> None:
+        """See `Lane`."""
+
+
+@dataclass
+class Rig:
+    """A running shard."""
+
+    shard: Shard
+    booted: Booted
+    clock: RigClock
+    control: MemoryControlPlane
+    writer: HeldLane
+    port: int
+    stored: list[RingMap] = field(default_factory=list[RingMap])
+    stopped: list[BaseException] = field(default_factory=list[BaseException])
+
+    def hello(self) -> rpc.Hello:
+        """A good HELLO."""
+        volume = self.booted.volume
+        epoch = self.shard.ownership.epoch
+        return rpc.Hello(rpc.PROTOCOL, volume.ring_uid, NAME, volume.volume_id, "rig", SECRET, epoch)
+
+    async def client(self) -> RpcClient:
+        """A connection that has said HELLO."""
+        return await RpcClient.connect("127.0.0.1", self.port, self.hello())
+
+    async def own(self, owners: list[ShardName]) -> RingMap:
+        """Publish the next map and act on it."""
+        current = self.control.view.map
+        expected = None if current is None else current.epoch
+        epoch = Epoch((expected or 0) + 1)
+        members = tuple(Member(name, self.booted.volume.volume_id) for name in sorted({*owners, NAME}))
+        ring = RingMap("ring-1", SLOTS, epoch, members, ranges_from([(owner, epoch) for owner in owners]))
+        await self.control.compare_and_swap(expected=expected, new=ring)
+        return ring
+
+
+@asynccontextmanager
+async def shard_rig(
+    volume: SimVolume | None = None,
+    *,
+    config: ShardConfig = CONFIG,
+    clock: RigClock | None = None,
+    control: MemoryControlPlane | None = None,
+    process: str = "shard",
+    **changes: object,
+) -> AsyncGenerator[Rig]:
+    """A shard that owns all slots; ends without any last word, like a killed one (its volume can be booted again)."""
+    config = msgspec.structs.replace(config, **changes)
+    volume = SimVolume() if volume is None else volume
+    clock = clock or RigClock()
+    control = control or MemoryControlPlane(RingSpec(uid="ring-1", slots=SLOTS, shards=1))
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Task[None]] = []
+
+    def keep(work: Coroutine[None, None, None]) -> None:
+        tasks.append(loop.create_task(work))
+
+    boot = Boot(
+        BootInputs(
+            config=config,
+            disk=volume.process(process),
+            control=control,
+            clock=clock,
+            entropy=random.Random(7),
+            sleep=asyncio.sleep,
+            events=NullLogger(),
+            new_volume_id="volume-1",
+            boot_id=f"boot-{process}",
+            keep=keep,
+        )
+    )
+    booted = await boot.run()
+    writer, inline = HeldLane(loop), InlineLane(loop)
+    stored: list[RingMap] = []
+    stopped: list[BaseException] = []
+
+    async def store_map(ring: RingMap) -> None:
+        booted.volume.store_map(ring)
+        stored.append(ring)
+
+    shard = Shard(
+        config=config,
+        credentials=Credentials(booted.volume.ring_uid, NAME, booted.volume.volume_id, booted.volume.term, SECRET),
+        slots=SLOTS,
+        start=booted.start,
+        memory=booted.memory,
+        rebuilt=booted.rebuilt,
+        world=World(
+            clock=clock,
+            entropy=random.Random(8),
+            control=control,
+            lanes=Lanes(writer=writer, preparer=inline, background=inline, readers=[inline], pause=lambda: None),
+            sleep=asyncio.sleep,
+            events=NullLogger(),
+            store_map=store_map,
+            observe_sync=lambda _: None,
+            measured=lambda _records, _seconds: None,
+            on_stopped=stopped.append,
+        ),
+    )
+    shard.log.start()
+    listener = await loop.create_server(shard.server.protocol, "127.0.0.1", 0)
+    rig = Rig(shard, booted, clock, control, writer, listener.sockets[0].getsockname()[1], stored, stopped)
+    if control.view.map is None:
+        await rig.own([NAME] * SLOTS)
+    assert control.view.map is not None
+    await shard.ownership.adopt(control.view.map)
+    keep(shard.ownership.watch())
+    try:
+        yield rig
+    finally:
+        writer.release()
+        listener.close()
+        shard.server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await shard.log.close()
+        volume.kill(process)

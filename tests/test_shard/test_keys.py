@@ -1,0 +1,114 @@
+"""The idempotency window: what it remembers, for how long, and that it never forgets a key that may be retried."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetlm_shard.keys import EVICTED_MARKS_MAX, KEY_AGE_S_MIN, KeyWindow, KnownKey
+
+HASH = bytes(16)
+IDENT = "0190c1c2-0000-7000-8000-000000000000"
+
+
+def add(window: KeyWindow, key: str, *, at_s: float, pos: int = 0, seq: int = 1) -> None:
+    window.add("s", key, seq=seq, inserted_at_us=int(at_s * 1e6), content_hash=HASH, ident=IDENT, pos=pos, at_s=at_s)
+
+
+def evict_all(window: KeyWindow, now_s: float) -> None:
+    while window.evict(now_s):
+        pass
+
+
+def test_a_key_gives_back_what_was_put_in() -> None:
+    """Seq, time, hash and id come back; another session's key of that name is unknown."""
+    window = KeyWindow(window_s=900, soft_max=10, hard_max=10)
+    add(window, "k", at_s=1.0, seq=7)
+    assert window.get("s", "k") == KnownKey(7, 1_000_000, HASH, IDENT)
+    assert window.get("t", "k") is None
+
+
+def test_keys_leave_after_the_window_and_not_before() -> None:
+    """Age decides when there is room."""
+    window = KeyWindow(window_s=900, soft_max=10, hard_max=10)
+    add(window, "k", at_s=0.0)
+    evict_all(window, 899.0)
+    assert window.get("s", "k") is not None
+    evict_all(window, 901.0)
+    assert window.get("s", "k") is None
+
+
+def test_too_many_keys_leave_only_when_they_are_old_enough() -> None:
+    """Past the soft bound the oldest go, but none that is younger than a request's deadline and margin."""
+    window = KeyWindow(window_s=900, soft_max=1, hard_max=100)
+    for number in range(5):
+        add(window, str(number), at_s=float(number))
+    evict_all(window, KEY_AGE_S_MIN)
+    assert len(window) == 5
+    evict_all(window, KEY_AGE_S_MIN + 2.5)
+    assert [window.get("s", str(number)) is not None for number in range(5)] == [False, False, False, True, True]
+
+
+def test_the_hard_bound_is_told() -> None:
+    """`room` is what the sequencer asks before it takes new keys."""
+    window = KeyWindow(window_s=900, soft_max=1, hard_max=2)
+    add(window, "a", at_s=0.0)
+    assert (window.room(), window.full) == (1, False)
+    add(window, "b", at_s=0.0)
+    assert (window.room(), window.full) == (0, True)
+
+
+def test_from_pos_is_the_position_of_the_oldest_key() -> None:
+    """A boot that reads from there knows every key; an empty window begins at the log's end."""
+    window = KeyWindow(window_s=900, soft_max=10, hard_max=10)
+    assert window.from_pos(500) == 500
+    add(window, "a", at_s=0.0, pos=100)
+    add(window, "b", at_s=0.01, pos=200)
+    add(window, "c", at_s=5.0, pos=300)
+    assert window.from_pos(500) == 100
+    evict_all(window, 902.0)
+    assert (window.get("s", "c") is not None, window.from_pos(500)) == (True, 300)
+    assert window.from_pos(250) == 250
+
+
+def test_restore_keeps_the_newest_use_of_a_key() -> None:
+    """A key that was evicted and used again stands for its second message; its age is that of the second."""
+    window = KeyWindow(window_s=900, soft_max=10, hard_max=10)
+    window.restore("s", "k", KnownKey(1, 1, HASH, IDENT), pos=0, age_s=800.0, now_s=1000.0)
+    window.restore("s", "k", KnownKey(9, 2, HASH, IDENT), pos=50, age_s=100.0, now_s=1000.0)
+    window.restore("s", "old", KnownKey(1, 1, HASH, IDENT), pos=60, age_s=901.0, now_s=1000.0)
+    assert len(window) == 1
+    evict_all(window, 1200.0)
+    found = window.get("s", "k")
+    assert found is not None
+    assert found.seq == 9
+    evict_all(window, 1900.0)
+    assert len(window) == 0
+
+
+def test_an_eviction_is_a_small_piece_of_work() -> None:
+    """One call drops a few tenths of a second of keys at most."""
+    window = KeyWindow(window_s=900, soft_max=10_000, hard_max=10_000)
+    for number in range(100):
+        add(window, str(number), at_s=float(number))
+    assert window.evict(5000.0) == EVICTED_MARKS_MAX
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.floats(0, 8)), max_size=60))
+@pytest.mark.filterwarnings("ignore")
+def test_no_young_key_is_ever_forgotten(steps: list[tuple[int, float]]) -> None:
+    """Whatever the arrivals and evictions: a key that is younger than deadline plus margin is known."""
+    window = KeyWindow(window_s=30, soft_max=3, hard_max=1000)
+    now_s = 0.0
+    entered: dict[str, float] = {}
+    for number, wait_s in steps:
+        now_s += wait_s
+        window.evict(now_s)
+        key = str(number)
+        if window.get("s", key) is None:
+            add(window, key, at_s=now_s)
+            entered[key] = now_s
+        for known, at_s in entered.items():
+            if now_s - at_s < KEY_AGE_S_MIN:
+                assert window.get("s", known) is not None
