@@ -488,6 +488,29 @@ async def test_a_damaged_index_is_built_again() -> None:
     assert not opened.log.damage
 
 
+async def test_a_bad_sector_at_the_end_is_damage_and_no_torn_tail() -> None:
+    """The disk refuses the sector that may hold the last batch: it is said, and no seq is given twice."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    await opened.add(message("s", 1), message("s", 2))
+    volume.kill("p")
+    preads = 0
+
+    def bad_sector(op: Op) -> None:
+        nonlocal preads
+        if op.name == "pread" and op.path.endswith(".seg"):
+            preads += 1
+            # The header is read, then all of the rest at once, then sector by sector.
+            if preads in {2, 3}:
+                raise OSError(errno.EIO, "bad sector")
+
+    volume.hooks.append(bad_sector)
+    again = await open_log(volume.process("q"), 2)
+    assert again.boot.damage
+    assert again.next_seq("s") > 2
+    assert again.next_seq("t") > 1
+
+
 async def test_an_index_names_what_was_lost() -> None:
     """Damage in a sealed segment that boot reads: the index says which messages it held, nothing is skipped."""
     volume = SimVolume()

@@ -27,6 +27,7 @@ from fleetlm_shard.framing import (
     SegmentHeader,
     batch_frame,
     encode_header,
+    frame_start,
 )
 from fleetlm_shard.lanes import run_on
 from fleetlm_shard.log_types import GroupTooLarge, LogBusy, LogDiskFull, LogStopped
@@ -154,11 +155,16 @@ class Appender:
     # Appending -----------------------------------------------------------------------------------------------------
 
     def append(self, record: Record, context: object) -> int:
-        """Queue one record; returns its position."""
+        """Queue one record; returns its position.
+
+        Raises:
+            GroupTooLarge, LogBusy, LogDiskFull, LogStopped: it was not queued.
+        """
         tail = encode(record)
         size = UNCHECKED_BYTES + len(tail)
         batch = self._batch_for(size, 1)
         pos = self._end_pos
+        # `_put` in line: this runs once a message.
         batch.parts += (
             (size - 2 * UNCHECKED_BYTES).to_bytes(4, "little"),
             crc32c(tail, batch.link.header.seed).to_bytes(4, "little"),
@@ -175,25 +181,14 @@ class Appender:
 
     def append_group(self, records: Sequence[Record], contexts: Sequence[object]) -> list[int]:
         """Queue records that share a batch; returns their positions."""
+        assert len(records) == len(contexts), "a context for each record"
         tails = [encode(record) for record in records]
         size = sum(map(len, tails)) + UNCHECKED_BYTES * len(tails)
         batch = self._batch_for(size, len(tails))
-        seed = batch.link.header.seed
-        positions: list[int] = []
-        pos = self._end_pos
-        for record, context, tail in zip(records, contexts, tails, strict=True):
-            batch.parts += (
-                (len(tail) - UNCHECKED_BYTES).to_bytes(4, "little"),
-                crc32c(tail, seed).to_bytes(4, "little"),
-                tail,
-            )
-            batch.entries.append((pos, record, context))
-            positions.append(pos)
-            pos += UNCHECKED_BYTES + len(tail)
-        batch.size += size
-        self._end_pos = pos
-        self._queued_records += len(tails)
-        self._queued_bytes += size
+        positions = [
+            self._put(batch, record, context, tail)
+            for record, context, tail in zip(records, contexts, tails, strict=True)
+        ]
         self._kick()
         return positions
 
@@ -207,18 +202,20 @@ class Appender:
         if batch is None or batch.size + size > self._config.batch_bytes_max:
             fits = self._planned.header.end_pos_max - self._end_pos >= size + 2 * BATCH_FRAME_BYTES
             batch = self._open_batch() if fits else self._plan_batch()
+        pos = self._put(batch, record, context, tail)
+        self._kick()
+        return pos
+
+    def _put(self, batch: _Batch, record: Record, context: object, tail: bytes) -> int:
+        """What `append` does in line."""
+        size = UNCHECKED_BYTES + len(tail)
         pos = self._end_pos
-        batch.parts += (
-            (len(tail) - UNCHECKED_BYTES).to_bytes(4, "little"),
-            crc32c(tail, batch.link.header.seed).to_bytes(4, "little"),
-            tail,
-        )
+        batch.parts += (frame_start(tail, batch.link.header.seed), tail)
         batch.entries.append((pos, record, context))
         batch.size += size
         self._end_pos = pos + size
         self._queued_records += 1
         self._queued_bytes += size
-        self._kick()
         return pos
 
     def _batch_for(self, size: int, records: int) -> _Batch:

@@ -63,10 +63,18 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a segment; `whole` is False if the disk refused some (zeros stand for them) or the file is too short."""
+    """Bytes of a segment; `whole` is False if the file is too short or the disk refused some bytes.
+
+    `refused`: where in `data` zeros stand for what the disk refused, as (start, stop).
+    """
 
     data: bytes
     whole: bool
+    refused: tuple[tuple[int, int], ...] = ()
+
+    def is_refused(self, start: int, stop: int) -> bool:
+        """Did the disk refuse any byte of this range of `data`?"""
+        return any(own_start < stop and start < own_stop for own_start, own_stop in self.refused)
 
 
 def read_span(disk: Disk, link: Link, start_pos: int, end_pos: int) -> Span:
@@ -83,13 +91,15 @@ def read_span(disk: Disk, link: Link, start_pos: int, end_pos: int) -> Span:
         return Span(data, len(data) == size)
     except OSError:
         parts: list[bytes] = []
+        refused: list[tuple[int, int]] = []
         for at in range(offset, offset + size, _SECTOR_BYTES):
             want = min(_SECTOR_BYTES, offset + size - at)
             try:
                 parts.append(file.pread(want, at))
             except OSError:
                 parts.append(bytes(want))
-        return Span(b"".join(parts), whole=False)
+                refused.append((at - offset, at - offset + want))
+        return Span(b"".join(parts), False, tuple(refused))
     finally:
         file.close()
 

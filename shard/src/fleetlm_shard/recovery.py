@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from fleetlm_shard import framing, records
-from fleetlm_shard.chain import Link, add_frames, open_index, read_chain, read_span
+from fleetlm_shard.chain import Link, Span, add_frames, open_index, read_chain, read_span
 from fleetlm_shard.checkpoints import Checkpoint, newest_checkpoint
 from fleetlm_shard.framing import (
     BATCH_FRAME_BYTES,
@@ -247,9 +247,9 @@ class LogBoot:
             else:
                 proven_pos = max(proven_pos, piece.end_pos)
         rest = span.data[end_pos - base_pos :]
-        if not span.whole and end_pos < header.end_pos_max and (len(rest) < BATCH_FRAME_BYTES or any(rest)):
-            # A file that is too short, at the place where the next batch would be: that is no torn tail. Whatever was
-            # there counts as written; its whole frames are used.
+        if not span.whole and end_pos < header.end_pos_max and _hides_a_batch(span, end_pos - base_pos):
+            # A file that is too short or unreadable at the place where the next batch would be: that is no torn tail.
+            # Whatever was there counts as written; its whole frames are used.
             proven_pos = header.end_pos_max
             for piece in framing.scan(rest, start_pos=end_pos, seed=header.seed, proven_pos=proven_pos):
                 yield from self._take(link, rest, piece)
@@ -457,6 +457,12 @@ class LogBoot:
             prev=prev,
             seed=seed,
         )
+
+
+def _hides_a_batch(span: Span, end: int) -> bool:
+    """May a batch have begun at `end`, where the bytes that the disk gave stop making sense?"""
+    head = span.data[end : end + BATCH_FRAME_BYTES]
+    return len(head) < BATCH_FRAME_BYTES or any(span.data[end:]) or span.is_refused(end, end + BATCH_FRAME_BYTES)
 
 
 def merged(damage: list[Damage]) -> list[Damage]:
