@@ -23,3 +23,11 @@ async def eventually(holds: Callable[[], bool], what: str, *, timeout_s: float =
             return
         assert asyncio.get_running_loop().time() < end_s, f"not within {timeout_s:g} s: {what}"
         await asyncio.sleep(POLL_S)
+
+
+async def poll(holds: Callable[[], bool], *, every_s: float = POLL_S) -> None:
+    """Wait until `holds()`, for ever: for loads whose run has a deadline of its own."""
+    while True:
+        if holds():
+            return
+        await asyncio.sleep(every_s)

@@ -193,6 +193,10 @@ class History:
         self._final[session] = list(entries)
         self._final_gaps[session] = list(gaps)
 
+    def log(self, session: str) -> list[Entry]:
+        """What the replay from 0 gave."""
+        return self._final.get(session, [])
+
     # --- judging
 
     def judge(self) -> list[Violation]:

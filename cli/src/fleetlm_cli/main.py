@@ -20,6 +20,7 @@ from fleetlm_cli.sessions import sessions
 from fleetlm_cli.shards import shards
 from fleetlm_cli.tail import tail
 from fleetlm_cli.up import up
+from fleetlm_cli.verify import verify
 
 app = typer.Typer(
     name="fleetlm",
@@ -44,6 +45,7 @@ app.command()(append)
 app.command()(tail)
 app.command()(sessions)
 app.command()(ring)
+app.command()(verify)
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 
