@@ -25,7 +25,7 @@ Positive = Annotated[int, Meta(ge=1)]
 class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A shard's settings; each with its unit, default and reason."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    name: Annotated[str, Meta(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
     """The shard's stable name, for example `shard-0`."""
     data: Annotated[str, Meta(min_length=1)]
     """Folder of the volume; made (0700) if its parent exists."""
@@ -39,7 +39,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """File whose content gateways must present; never the secret itself: process lists show environments."""
     advertise_host: str = ""
     """Host that gateways connect to; empty: the one of `listen`. A pod listens on 0.0.0.0 and says its own name."""
-    pod_uid: str = ""
+    pod_uid: Annotated[str, Meta(max_length=128)] = ""
     """The pod's uid: only a container restarted in the same pod may use the map that it stored itself."""
     fsync: Literal["always", "interval", "never"] = "always"
     """`always`: acknowledge after fdatasync. `interval`: a machine's crash loses up to the interval. `never`: tests."""
