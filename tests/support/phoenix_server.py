@@ -6,7 +6,6 @@ Must not be done here: anything about sessions.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from aiohttp import WSMsgType, web
 
 from tests.support.phoenix_model import Fault, Model, ModelSocket
+from tests.support.phoenix_rest import ModelRest
 
 
 @dataclass(slots=True)
@@ -28,7 +28,11 @@ class PhoenixServer:
     opened: int = 0
     queries: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     sockets: dict[web.WebSocketResponse, ModelSocket] = field(default_factory=dict[web.WebSocketResponse, ModelSocket])
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    rest: ModelRest = field(init=False)
+
+    def __post_init__(self) -> None:
+        """REST over the same sessions."""
+        self.rest = ModelRest(self.model)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """One WebSocket."""
@@ -75,7 +79,7 @@ async def phoenix_server() -> AsyncGenerator[PhoenixServer]:
     """Listen on a free port of the loopback."""
     server = PhoenixServer()
     app = web.Application()
-    app.add_routes([web.get("/socket/websocket", server.serve)])
+    app.add_routes([web.get("/socket/websocket", server.serve), *server.rest.routes()])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
