@@ -303,7 +303,7 @@ async def test_http_connections_are_closed_in_order() -> None:
         await eventually(lambda: rig.boundary.reads_under_way == 1, "the request has arrived")
         rig.front.stop_accepting()
         draining = asyncio.create_task(rig.front.drain())
-        await asyncio.sleep(0.05)
+        await eventually(lambda: rig.value("draining") == 1, "the drain has begun")
         with pytest.raises(OSError, match="Connect"):
             await asyncio.open_connection("127.0.0.1", rig.port)
         rig.boundary.gate.set()
