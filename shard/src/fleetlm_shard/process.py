@@ -301,7 +301,7 @@ class ShardProcess:
         shard.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_s):
-
+                # The append path must not pay for an event that only the end needs.
                 while shard.server.in_flight:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
         try:
