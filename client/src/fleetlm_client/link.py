@@ -29,6 +29,8 @@ from fleetlm_common.errors import FleetError
 State = Literal["down", "connecting", "up", "failed"]
 CLOSE_FINAL_MIN = 4500
 CLOSE_FINAL_MAX = 4999
+LIVED_S = 1.0
+"""A connection that held this long was a good one: the next is tried soon. So a client connects about once a second."""
 UNREADABLE_MAX = 3
 """Connections in a row that ended with a frame that cannot be read: a fourth would bring it again."""
 
@@ -177,9 +179,11 @@ class Link:
             self.fail(ConnectionRefused(f"closed with {close_code}: {reason}", close_code=close_code))
             return
         self.state = "down"
-        if now_s - self._connected_s >= self._settings.backoff_cap_s:
-            # It lived: only connections that end at once make the waits grow.
+        lived_s = now_s - self._connected_s
+        if lived_s >= LIVED_S:
+            # Only connections that end at once make the waits grow.
             self._backoff.reset()
+        if lived_s >= self._settings.backoff_cap_s:
             self._unreadable = 0
         self._connect_at_s = now_s if planned else now_s + self._backoff.next_s(_retry_after_s(reason))
         for channel in self._channels.values():
