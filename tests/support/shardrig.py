@@ -122,6 +122,10 @@ class Rig:
     port: int
     stored: list[RingMap] = field(default_factory=list[RingMap])
     stopped: list[BaseException] = field(default_factory=list[BaseException])
+    batches: list[Callable[[int, float], None]] = field(default_factory=list[Callable[[int, float], None]])
+    """Told of each batch."""
+    syncs: list[Callable[[float], None]] = field(default_factory=list[Callable[[float], None]])
+    """Told of each sync."""
 
     def hello(self) -> rpc.Hello:
         """A good HELLO."""
@@ -183,6 +187,16 @@ async def shard_rig(
     writer, inline = HeldLane(loop), InlineLane(loop)
     stored: list[RingMap] = []
     stopped: list[BaseException] = []
+    batches: list[Callable[[int, float], None]] = []
+    syncs: list[Callable[[float], None]] = []
+
+    def measured(records: int, seconds: float) -> None:
+        for told in batches:
+            told(records, seconds)
+
+    def observe_sync(seconds: float) -> None:
+        for told in syncs:
+            told(seconds)
 
     async def store_map(ring: RingMap) -> None:
         booted.volume.store_map(ring)
@@ -203,14 +217,15 @@ async def shard_rig(
             sleep=asyncio.sleep,
             events=NullLogger(),
             store_map=store_map,
-            observe_sync=lambda _: None,
-            measured=lambda _records, _seconds: None,
+            observe_sync=observe_sync,
+            measured=measured,
             on_stopped=stopped.append,
         ),
     )
     shard.log.start()
     listener = await loop.create_server(shard.server.protocol, "127.0.0.1", 0)
-    rig = Rig(shard, booted, clock, control, writer, listener.sockets[0].getsockname()[1], stored, stopped)
+    port = listener.sockets[0].getsockname()[1]
+    rig = Rig(shard, booted, clock, control, writer, port, stored, stopped, batches, syncs)
     if control.view.map is None:
         await rig.own([NAME] * SLOTS)
     assert control.view.map is not None

@@ -112,6 +112,11 @@ class Histograms:
             "answer_seconds", "From queueing to the answer: the longest-waiting request of each batch", _SECONDS
         )
 
+    def measured(self, records: int, seconds: float) -> None:
+        """A batch became durable; its longest-waiting request took that long."""
+        self.batch_records.observe(records)
+        self.answer_seconds.observe(seconds)
+
 
 class ShardCollector(Collector):
     """The numbers of a shard as of the scrape.

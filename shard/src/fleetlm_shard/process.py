@@ -208,14 +208,10 @@ class ShardProcess:
                 events=outside.events,
                 store_map=store_map,
                 observe_sync=self._histograms.sync_seconds.observe,
-                measured=self._measured,
+                measured=self._histograms.measured,
                 on_stopped=self._on_log_stopped,
             ),
         )
-
-    def _measured(self, records: int, seconds: float) -> None:
-        self._histograms.batch_records.observe(records)
-        self._histograms.answer_seconds.observe(seconds)
 
     async def _announce(self, volume: Volume) -> None:
         """Say where this shard is and whether it is ready, whenever that changes; runs until cancelled."""
