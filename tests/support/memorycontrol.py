@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from fleetlm_common.control import ControlPlaneUnavailable, MapConflict, RingSpec, ShardEndpoint, View
+from fleetlm_common.control import ControlPlaneUnavailable, MapConflict, RingSpec, ShardEndpoint, View, replaces
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import RingMap
 
@@ -66,7 +66,7 @@ class MemoryControlPlane:
         """See `ControlPlane.announce`."""
         self._answer()
         known = self._view.shards.get(endpoint.name)
-        if known is None or endpoint.term >= known.term:
+        if known is None or replaces(endpoint, known):
             shards: dict[ShardName, ShardEndpoint] = {**self._view.shards, endpoint.name: endpoint}
             self._show(View(self._view.spec, self._view.map, shards))
 

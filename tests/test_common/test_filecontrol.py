@@ -139,6 +139,14 @@ async def test_a_later_term_replaces_an_earlier_announcement(any_plane: ControlP
     assert (await any_plane.read()).shards == {NAMES[0]: endpoint(2, ready=True)}
 
 
+async def test_terms_of_two_volumes_are_not_compared(any_plane: ControlPlane) -> None:
+    """A shard with another volume is heard whatever its term: the controller must learn of it."""
+    await any_plane.announce(endpoint(5))
+    other = msgspec.structs.replace(endpoint(1), volume_id="another")
+    await any_plane.announce(other)
+    assert (await any_plane.read()).shards == {NAMES[0]: other}
+
+
 async def test_an_elder_does_not_overwrite_an_announcement(folder: Path) -> None:
     """The rule holds in the file, not only in the memory of those who read both."""
     await FileControlPlane(folder).announce(endpoint(2))

@@ -49,6 +49,15 @@ class ShardEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ready: bool = False
 
 
+def replaces(new: ShardEndpoint, old: ShardEndpoint) -> bool:
+    """Whether an announcement takes the place of another of that shard.
+
+    A later term of a volume replaces an earlier one, never the other way round. Terms of two volumes say nothing about
+    each other: the one that speaks now is heard (the map says whether it is the right one).
+    """
+    return new.volume_id != old.volume_id or new.term >= old.term
+
+
 class View(msgspec.Struct, frozen=True):
     """One consistent look: the ring map is None until a controller made the first."""
 
@@ -73,7 +82,7 @@ class ControlPlane(Protocol):
         ...
 
     async def announce(self, endpoint: ShardEndpoint) -> None:
-        """Say where this shard is; a later term replaces an earlier one, never the other way round.
+        """Say where this shard is; what stands there gives way as `replaces` says.
 
         Raises:
             ControlPlaneUnavailable: nobody answered; the caller tries again.

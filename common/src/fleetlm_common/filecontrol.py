@@ -39,6 +39,7 @@ from fleetlm_common.control import (
     RingSpec,
     ShardEndpoint,
     View,
+    replaces,
 )
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, RingMap
@@ -261,14 +262,14 @@ def _merged_map(seen: RingMap | None, raw: bytes | None, spec: RingSpec) -> Ring
 def _merged_shards(
     seen: Mapping[ShardName, ShardEndpoint], raw: Mapping[str, bytes]
 ) -> Mapping[ShardName, ShardEndpoint]:
-    """A later term replaces an earlier one, never the other way round; what cannot be read is no news."""
+    """What cannot be read is no news, and neither is an elder's word."""
     shards = dict(seen)
     for name, data in raw.items():
         endpoint = _endpoint(data)
         if endpoint is None or endpoint.name != name:
             continue
         known = shards.get(endpoint.name)
-        if known is None or endpoint.term >= known.term:
+        if known is None or replaces(endpoint, known):
             shards[endpoint.name] = endpoint
     return shards
 
@@ -287,7 +288,7 @@ def _announce(folder: Path, endpoint: ShardEndpoint) -> None:
     """Runs under the lock: what stands there cannot change between look and replacement."""
     path = folder / SHARDS_FOLDER / f"{endpoint.name}.json"
     known = _endpoint(_read_file(path))
-    if known is None or endpoint.term >= known.term:
+    if known is None or replaces(endpoint, known):
         _replace(path, msgspec.json.encode(endpoint))
 
 
