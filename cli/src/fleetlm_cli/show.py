@@ -100,12 +100,9 @@ def _text(event: Event) -> Text | None:
             kind = "" if event.kind == "message" else f" [{printable(event.kind)}]"
             return Text.assemble((f"{event.seq:>6}  ", "dim"), sender, (kind, "dim"), ": ", content_text(event.content))
         case Gap():
-            missing = (
-                f"{event.from_seq}"
-                if event.next_seq == event.from_seq + 1
-                else f"{event.from_seq}–{event.next_seq - 1}"
-            )
-            return Text(f"  !!!   gap: message {missing} cannot be had ({printable(event.reason)})", style="bold red")
+            first, last = event.from_seq, event.next_seq - 1
+            missing = f"message {first}" if first == last else f"messages {first}–{last}"
+            return Text(f"  !!!   gap: {missing} cannot be had ({printable(event.reason)})", style="bold red")
         case ReadCursor():
             return Text(f"        {printable(event.participant_id)} has read up to {event.last_read_seq}", style="dim")
         case CaughtUp() | Draining():
