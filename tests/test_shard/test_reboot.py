@@ -52,6 +52,9 @@ async def test_a_boot_knows_everything_that_was_answered(
         pages = [(await client.read(name, after=0)).messages for name in ("s", "t", "made")]
     clock.advance(60.0)
     async with shard_rig(volume, control=control, clock=clock, process="two") as rig, await rig.client() as client:
+        assert rig.shard.memory.sessions.changed_count == (
+            0 if checkpoint == "after" else {"never": 3, "before": 3, "between": 2}[checkpoint]
+        )
         assert [(await client.read(name, after=0)).messages for name in ("s", "t", "made")] == pages
         assert (await client.info("made")).metadata == b'{"a":1}'
         assert await client.mark_read("s", "bob", 0) == 2

@@ -10,6 +10,7 @@ from fleetlm_common.limits import PAGE_BYTES_MAX
 from tests.support.eventually import eventually
 from tests.support.rpcclient import RpcClient, draft
 from tests.support.shardrig import Rig, shard_rig
+from tests.support.simdisk import SimVolume
 
 MIB = 1024 * 1024
 
@@ -143,6 +144,31 @@ async def test_what_retention_dropped_is_a_gap() -> None:
         assert (page.first_seq, len(page.messages), page.has_more) == (info.earliest_seq, 3, False)
         assert page.gap is not None
         assert (page.gap.from_seq, page.gap.next_seq) == (1, info.earliest_seq)
+
+
+async def test_a_damaged_message_is_a_gap_and_ends_a_page() -> None:
+    """What is before it is answered first, then the gap with what follows; backwards the same; nothing is skipped."""
+    volume = SimVolume()
+    async with shard_rig(volume) as rig, await rig.client() as client:
+        for number in range(1, 11):
+            await client.append("s", f"text-{number}-")
+        [path] = [path for path in volume.paths() if path.endswith(".seg") and b"text-5-" in volume.read(path)]
+        volume.flip(path, volume.read(path).index(b"text-5-"))
+        forget(rig, "s")
+        page = await client.read("s", after=0)
+        assert (page.first_seq, len(page.messages), page.has_more, page.gap) == (1, 4, True, None)
+        page = await client.read("s", after=4, limit=4)
+        gap = rpc.Gap("damaged", 5, 6, 1, 10)
+        assert (page.first_seq, len(page.messages), page.has_more, page.gap) == (6, 3, True, gap)
+        for page in (await client.read("s", tail=8), await client.read("s", before=11, limit=8)):
+            assert (page.first_seq, len(page.messages), page.has_more, page.gap) == (6, 5, True, gap)
+            forget(rig, "s")
+        page = await client.read("s", before=6, limit=8)
+        assert (page.messages, page.has_more, page.gap) == ([], True, rpc.Gap("damaged", 5, 6, 1, 10))
+        page = await client.read("s", before=5, limit=8)
+        assert (page.first_seq, len(page.messages), page.has_more, page.gap) == (1, 4, False, None)
+        assert (rig.shard.health().ok, rig.shard.health().reason) == (True, "LogDamaged")
+        assert [ack.seq for ack in await client.append("s", "next")] == [11]
 
 
 async def test_a_session_of_which_nothing_is_left() -> None:

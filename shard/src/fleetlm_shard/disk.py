@@ -181,7 +181,7 @@ class OsDisk:
 
     def link(self, source: str, target: str) -> None:
         """Hard link."""
-        os.link(self._path(source), self._path(target))  # noqa: PTH200
+        os.link(self._path(source), self._path(target))
 
     def unlink(self, path: str) -> None:
         """Remove a name."""

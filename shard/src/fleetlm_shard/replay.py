@@ -103,7 +103,7 @@ class Replay:
             self.pages_cold += 1
             found = await self._log.read(session_id, first_seq=first_seq, limit=limit, bytes_max=PAGE_BYTES_MAX)
             session = self._sessions.get(session_id)
-            run = _first_run(found.messages, last_seq=session.seq_durable)
+            run = _first_run(found.messages)
             first_seq, missing = run[0].seq if run else session.ring_first_seq, found.missing
             jsons = [message.json for message in run]
         if not jsons:
@@ -187,11 +187,11 @@ def _check(request: Read) -> None:
         raise Invalid(f"{given[0]} is too small", field=given[0])
 
 
-def _first_run(messages: Sequence[StoredMessage], *, last_seq: int) -> list[StoredMessage]:
-    """The leading messages whose seqs follow each other, none that is not visible yet."""
+def _first_run(messages: Sequence[StoredMessage]) -> list[StoredMessage]:
+    """The leading messages whose seqs follow each other."""
     run: list[StoredMessage] = []
     for message in messages:
-        if message.seq > last_seq or (run and message.seq != run[-1].seq + 1):
+        if run and message.seq != run[-1].seq + 1:
             break
         run.append(message)
     return run
