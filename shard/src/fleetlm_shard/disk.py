@@ -1,8 +1,9 @@
 """The border to the file system: every byte of the shard's volume goes through a `Disk`.
 
-Promise: nothing else in the shard opens, reads, writes, links, locks or removes a file of the volume, so that a simulated
-disk (tests/support/simdisk.py) can stop, tear, lose or refuse any single operation.
-Must not be done here: decisions. A method is one system call or the loop that finishes a short one; errors are `OSError`.
+Promise: nothing else in the shard opens, reads, writes, links, locks or removes a file of the volume, so that a
+simulated disk (tests/support/simdisk.py) can stop, tear, lose or refuse any single operation.
+Must not be done here: decisions. A method is one system call or the loop that finishes a short one; errors are
+`OSError`.
 
 Paths are relative to the volume's folder and use "/". All calls block; the caller chooses the thread.
 """

@@ -139,6 +139,9 @@ class ShardProcess:
         status = await self._finish(ending)
         await self._ops.stop()
         self._events.event("ended", status=status)
+        if ending == "failed":
+            # A thread may hang in the disk that failed: nobody waits for it.
+            os._exit(status)
         return status
 
     def health(self) -> Health:

@@ -43,8 +43,8 @@ SILENT_SWEEPS_MAX: Final = 30
 UNREAD_BYTES_MAX: Final = 64 * 1024 * 1024
 """Answers that a gateway has not taken. Streams end and reads are refused long before; only the answers to appends of a
 peer that never reads come here, and a sweep sees it before it has grown by more than a second's worth."""
-READS_MAX: Final = 32
-"""Requests other than appends that are worked on at once: with pages of 1 MiB this bounds their memory."""
+PAGES_MAX: Final = 32
+"""READ and LIST requests that are worked on at once: with pages of 1 MiB this bounds their memory."""
 
 Refusal = Callable[[], FleetError | None]
 """Why nothing is served now (starting, draining, stopped), if so."""
@@ -132,7 +132,7 @@ class Server:
         self.refusal = refusal
         self.log = log
         self.requests_max = requests_max
-        self.reading = asyncio.Semaphore(READS_MAX)
+        self.paging = asyncio.Semaphore(PAGES_MAX)
         self.connections: dict[Connection, None] = {}
         self.refused = 0
         self.failed = 0
@@ -337,15 +337,18 @@ class Connection:
             return
 
         async def serve() -> None:
-            request = handler.decode(payload)
-            async with self.server.reading:
-                if self.buffered_bytes > BUFFERED_BYTES_MAX:
-                    raise TryAgain("this gateway does not read its answers", reason="overloaded")
-                answer = await handler.serve(request)
+            answer = await handler.serve(handler.decode(payload))
             self.in_flight -= 1
             self.wire.send(handler.reply, ident, rpc.encode(answer))
 
-        self.server.spawn(self._guard(ident, serve()))
+        async def serve_page() -> None:
+            async with self.server.paging:
+                if self.buffered_bytes > BUFFERED_BYTES_MAX:
+                    raise TryAgain("this gateway does not read its answers", reason="overloaded")
+                await serve()
+
+        large = handler.reply in {Kind.PAGE, Kind.LISTED}
+        self.server.spawn(self._guard(ident, serve_page() if large else serve()))
 
     def _subscribe(self, ident: int, payload: bytes) -> None:
         if ident in self.subscriptions or ident in self.subscribing:

@@ -233,7 +233,12 @@ class Shard:
         await self.log.close()
 
     def _on_durable(self, records: list[Durable]) -> None:
-        self.writes.on_durable(records)
+        try:
+            self.writes.on_durable(records)
+        except Exception as error:
+            # A mistake of ours between disk and answer: whoever waits would wait for ever. Only a restart is safe.
+            self._on_stopped(error)
+            raise
 
     def _on_stopped(self, error: BaseException) -> None:
         self.stopped = error
