@@ -1,7 +1,8 @@
 """A `Boundary` in memory, with the semantics of the real one: order, keys, expected_seq, cursors, gaps, full sinks.
 
 Promise: what it answers a real ring could answer. What tests need to steer stands in a few plain fields: `gate` holds
-answers back, `refusal` refuses, `trim` forgets old messages. Must not be done here: failing by itself.
+answers back, `refusal` refuses, `refusal_at_the_door` refuses appends before they are queued, `trim` forgets old
+messages. Must not be done here: failing by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fleetlm_common import rpc
 from fleetlm_common.clock import iso_utc
 from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid
 from fleetlm_common.ids import SessionId
+from fleetlm_common.limits import PAGE_BYTES_MAX
 from fleetlm_common.ops import Health
 from fleetlm_gateway.boundary import AppendDone, Boundary, FromCursor, FromTail, Sink, Start
 from fleetlm_gateway.jsontext import encode
@@ -37,6 +39,18 @@ class _Session:
 
     def message(self, seq: int) -> bytes:
         return self.messages[seq - self.earliest]
+
+
+def _page(session: _Session, first_seq: int) -> list[bytes]:
+    """Messages from `first_seq`: at most `PAGE` of them and about `PAGE_BYTES_MAX`, at least one."""
+    page: list[bytes] = []
+    size = 0
+    for seq in range(first_seq, min(first_seq + PAGE, session.last + 1)):
+        page.append(session.message(seq))
+        size += len(page[-1])
+        if size >= PAGE_BYTES_MAX:
+            break
+    return page
 
 
 class MemoryPlace:
@@ -87,12 +101,11 @@ class MemoryPlace:
                 self._cursor = session.earliest - 1
                 self._sink.gap(missing)
             elif self._cursor < session.last:
-                count = min(PAGE, session.last - self._cursor)
-                seqs = range(self._cursor + 1, self._cursor + 1 + count)
-                if not self._sink.deliver(seqs[0], count, b",".join(map(session.message, seqs))):
+                page = _page(session, self._cursor + 1)
+                if not self._sink.deliver(self._cursor + 1, len(page), b",".join(page)):
                     self.refusals += 1
                     return
-                self._cursor += count
+                self._cursor += len(page)
             else:
                 if not self._caught_up:
                     self._caught_up = True
@@ -107,6 +120,7 @@ class MemoryBoundary(Boundary):
         self.gate = asyncio.Event()
         self.gate.set()
         self.refusal: FleetError | None = None
+        self.refusal_at_the_door: FleetError | None = None
         self.health = Health(ok=True, reason="Ready")
         self.reads_under_way = 0
         self.reads_at_once = 0
@@ -185,8 +199,8 @@ class MemoryBoundary(Boundary):
         self, session: SessionId, drafts: list[rpc.Draft], *, expected_seq: int | None = None, done: AppendDone
     ) -> None:
         """Append; refused at the door when told to."""
-        if self.refusal is not None and self.refusal.reason == "at_the_door":
-            done(self.refusal)
+        if self.refusal_at_the_door is not None:
+            done(self.refusal_at_the_door)
         else:
             self._appending.put_nowait((session, drafts, expected_seq, done))
 

@@ -366,6 +366,23 @@ async def test_requests_of_a_channel_take_effect_in_order() -> None:
 
 
 @on_uvloop
+async def test_replay_waits_for_the_appends_before_it() -> None:
+    """A page asked for behind an append is not fetched before the append is answered."""
+    async with front_rig() as rig:
+        client = await rig.connect()
+        await client.join("session:s")
+        rig.boundary.gate.clear()
+        client.push("1", "a", "session:s", "append", {"content": 1})
+        client.push("1", "r", "session:s", "replay", {"after": 0})
+        await client.alive()
+        assert rig.boundary.reads_under_way == 0
+        rig.boundary.gate.set()
+        while (frame := await client.next())[1] != "r":
+            pass
+        assert len(frame[4]["response"]["messages"]) == 1
+
+
+@on_uvloop
 async def test_many_refused_at_the_door_do_not_pile_up() -> None:
     """Hundreds of waiting appends that are refused at once are each answered; the stack does not grow with them."""
     async with front_rig() as rig:
@@ -375,15 +392,13 @@ async def test_many_refused_at_the_door_do_not_pile_up() -> None:
         for at in range(900):
             client.push("1", f"a{at}", "session:s", "append", {"content": at})
         await client.alive()
-        refusal = TryAgain("full", reason="overloaded")
-        refusal.reason = "at_the_door"
+        rig.boundary.refusal_at_the_door = TryAgain("full", reason="overloaded")
         rig.boundary.gate.set()
-        assert (await client.next())[1] == "1"
-        rig.boundary.refusal = refusal
         answered: set[str] = set()
-        while len(answered) < 900:
+        while len(answered) < 901:
             frame = await client.next()
             if frame[3] == "phx_reply":
+                assert frame[1] not in answered
                 answered.add(frame[1])
         await client.alive()
 
@@ -440,14 +455,18 @@ async def test_hanging_up_leaves_nothing_behind() -> None:
     async with front_rig() as rig:
         client = await rig.connect()
         await client.join("session:s")
+        await client.join("session:t", join_ref="t")
         rig.boundary.gate.clear()
+        client.push("t", "page", "session:t", "replay", {"after": 0})
         for at in range(10):
             client.push(f"j{at}", f"j{at}", f"session:{at}", "phx_join", {})
         for event, payload in (("append", {"content": 1}), ("replay", {"after": 0}), ("mark_read", {"seq": 0})):
             client.push("1", event, "session:s", event, payload)
         await client.alive()
+        assert rig.boundary.reads_under_way == 1
         await client.close()
         await eventually(lambda: rig.value("sockets") == 0, "the socket is forgotten")
+        await eventually(lambda: rig.boundary.reads_under_way == 0, "nobody waits for a page any more")
         rig.boundary.gate.set()
         await eventually(lambda: rig.boundary.session("s").last == 1, "what was appended is appended")
         await eventually(lambda: rig.value("topics") == 0, "no place is left")

@@ -74,7 +74,7 @@ def accept(request: web.Request, hub: Hub) -> web.StreamResponse:
     tail = _take_over(request)
     transport.write(
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Accept: %b\r\n\r\n" % accepted
+        b"Sec-WebSocket-Accept: %b\r\n%b\r\n" % (accepted, _subprotocol(request))
     )
     transport.set_protocol(socket)
     socket.connection_made(transport)
@@ -109,6 +109,12 @@ def _accept_value(request: web.Request) -> bytes:
         raise Invalid("Sec-WebSocket-Key must be 16 bytes in base64", field="Sec-WebSocket-Key")
     digest = hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()
     return base64.b64encode(digest)
+
+
+def _subprotocol(request: web.Request) -> bytes:
+    """Newer phoenix clients offer `phoenix` beside a token; browsers give up when nothing of the offer is chosen."""
+    offered = {part.strip() for part in request.headers.get("Sec-WebSocket-Protocol", "").split(",")}
+    return b"Sec-WebSocket-Protocol: phoenix\r\n" if "phoenix" in offered else b""
 
 
 def _check_version(vsn: str | None) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PAGES_MAX: Final = 4
 """Replay pages of one socket under way at once: each may be a mebibyte."""
+FRAMES_PER_TURN_MAX: Final = 128
+"""Frames handled before other sockets have their turn: about a millisecond of work."""
 CLOSE_LINGER_S: Final = 2.0
 """From our close frame to the end of the connection, if the client does not end it: a round trip, generously."""
 _SESSION_TOPIC: Final = "session:"
@@ -148,6 +150,9 @@ class Socket(asyncio.Protocol):
                 if found is None:
                     break
                 self._on_frame(*found, now_s)
+                if counted - begun >= FRAMES_PER_TURN_MAX and self._closing is None:
+                    self._yield_turn()
+                    break
         except wsframes.Violation as error:
             self._deaf = True
             self.close(closing.WEBSOCKET, str(error))
@@ -158,6 +163,12 @@ class Socket(asyncio.Protocol):
             self.hub.metrics.frames.inc(counted - begun)
         if self._tokens < -burst:
             self.close(closing.RATE_LIMITED)
+
+    def _yield_turn(self) -> None:
+        """Go on with what has arrived in the next turn of the loop; until then nothing more is read."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._refill)
 
     def _on_frame(self, opcode: int, payload: bytes, now_s: float) -> None:
         if opcode == wsframes.CLOSE:
