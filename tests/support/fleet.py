@@ -28,7 +28,8 @@ from fleetlm_cli.upfile import Up
 
 READY_TIMEOUT_S: Final = 60.0
 """Two cores that other tests share."""
-STOP_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 45.0
+"""A child that was left frozen is killed by `up` after 30 s."""
 POLL_S: Final = 0.02
 
 
