@@ -13,11 +13,12 @@ from prometheus_client import CollectorRegistry
 
 from fleetlm_common import rpc
 from fleetlm_common.control import RingSpec, ShardEndpoint
-from fleetlm_common.ids import Epoch, Term
+from fleetlm_common.ids import Epoch, SessionId, Term
 from fleetlm_common.logs import NullLogger
-from fleetlm_gateway.boundary import Boundary
+from fleetlm_gateway.boundary import Boundary, FromCursor, LiveOnly, Start, Subscription
 from fleetlm_gateway.metrics import InnerMetrics
 from fleetlm_gateway.shardlink import Connect, connect_tcp
+from fleetlm_gateway.streams import Stream
 from tests.support.fakeshard import RING_UID, FakeShard, World
 from tests.support.memorycontrol import MemoryControlPlane
 
@@ -169,3 +170,28 @@ class Recorder:
     async def until(self, seq: int) -> None:
         """Wait for a message."""
         await until(lambda: self.cursor is not None and self.cursor >= seq)
+
+
+S = SessionId("s")
+"""The session of most tests."""
+
+
+async def join(
+    parts: Rig, start: Start, *, session: SessionId = S, begin: bool = True
+) -> tuple[Recorder, Subscription]:
+    """Subscribe and start delivery as the outer half does, with a sink that knows where the stream must go on."""
+    sink = Recorder(start.seq if isinstance(start, FromCursor) else None)
+    place = await parts.boundary.subscribe(session, start=start, sink=sink)
+    if isinstance(start, LiveOnly):
+        sink.cursor = place.info.last_seq
+    if begin:
+        place.begin()
+    return sink, place
+
+
+def stream_of(parts: Rig, session: SessionId = S) -> Stream:
+    return parts.boundary._streams._streams[session]
+
+
+async def until_subscribed(parts: Rig, session: SessionId = S) -> None:
+    await until(lambda: stream_of(parts, session)._subscribed)
