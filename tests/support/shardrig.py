@@ -119,7 +119,7 @@ class Rig:
     clock: RigClock
     control: MemoryControlPlane
     writer: HeldLane
-    port: int
+    port: int = 0
     stored: list[RingMap] = field(default_factory=list[RingMap])
     stopped: list[BaseException] = field(default_factory=list[BaseException])
     batches: list[Callable[[int, float], None]] = field(default_factory=list[Callable[[int, float], None]])
@@ -169,21 +169,45 @@ async def shard_rig(
     def keep(work: Coroutine[None, None, None]) -> None:
         tasks.append(loop.create_task(work))
 
-    boot = Boot(
-        BootInputs(
-            config=config,
-            disk=volume.process(process),
-            control=control,
-            clock=clock,
-            entropy=random.Random(7),
-            sleep=asyncio.sleep,
-            events=NullLogger(),
-            new_volume_id="volume-1",
-            boot_id=f"boot-{process}",
-            keep=keep,
-        )
+    inputs = BootInputs(
+        config=config,
+        disk=volume.process(process),
+        control=control,
+        clock=clock,
+        entropy=random.Random(7),
+        sleep=asyncio.sleep,
+        events=NullLogger(),
+        new_volume_id="volume-1",
+        boot_id=f"boot-{process}",
+        keep=keep,
     )
-    booted = await boot.run()
+    rig = _make(await Boot(inputs).run(), inputs, control, clock)
+    shard, writer = rig.shard, rig.writer
+    shard.log.start()
+    listener = await loop.create_server(shard.server.protocol, "127.0.0.1", 0)
+    rig.port = listener.sockets[0].getsockname()[1]
+    if control.view.map is None:
+        await rig.own([NAME] * SLOTS)
+    assert control.view.map is not None
+    await shard.ownership.adopt(control.view.map)
+    keep(shard.ownership.watch())
+    try:
+        yield rig
+    finally:
+        writer.release()
+        listener.close()
+        shard.server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await shard.log.close()
+        volume.kill(process)
+
+
+def _make(booted: Booted, inputs: BootInputs, control: MemoryControlPlane, clock: RigClock) -> Rig:
+    """The shard, not serving yet."""
+    loop = asyncio.get_running_loop()
     writer, inline = HeldLane(loop), InlineLane(loop)
     stored: list[RingMap] = []
     stopped: list[BaseException] = []
@@ -203,7 +227,7 @@ async def shard_rig(
         stored.append(ring)
 
     shard = Shard(
-        config=config,
+        config=inputs.config,
         credentials=Credentials(booted.volume.ring_uid, NAME, booted.volume.volume_id, booted.volume.term, SECRET),
         slots=SLOTS,
         start=booted.start,
@@ -222,24 +246,4 @@ async def shard_rig(
             on_stopped=stopped.append,
         ),
     )
-    shard.log.start()
-    listener = await loop.create_server(shard.server.protocol, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    rig = Rig(shard, booted, clock, control, writer, port, stored, stopped, batches, syncs)
-    if control.view.map is None:
-        await rig.own([NAME] * SLOTS)
-    assert control.view.map is not None
-    await shard.ownership.adopt(control.view.map)
-    keep(shard.ownership.watch())
-    try:
-        yield rig
-    finally:
-        writer.release()
-        listener.close()
-        shard.server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):
-            await shard.log.close()
-        volume.kill(process)
+    return Rig(shard, booted, clock, control, writer, stored=stored, stopped=stopped, batches=batches, syncs=syncs)

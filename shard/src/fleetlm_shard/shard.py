@@ -156,27 +156,7 @@ class Shard:
         self.session_writes = SessionWrites(
             writes=self.writes, sessions=sessions, subscriptions=self.subscriptions, clock=world.clock
         )
-        self.server = Server(
-            credentials=credentials,
-            service=Service(
-                ownership=self.ownership,
-                slot_of=self.slot_of,
-                look=self.log.look,
-                sessions=sessions,
-                replay=self.replay,
-                writes=self.session_writes,
-                names=self._names,
-            ),
-            sequencer=self.sequencer,
-            sessions=sessions,
-            ownership=self.ownership,
-            subscriptions=self.subscriptions,
-            slot_of=self.slot_of,
-            refusal=self.refusal,
-            log=world.events,
-            connections_max=config.connections_max,
-            requests_max=config.requests_max,
-        )
+        self.server = self._make_server(config)
         self.upkeep = Upkeep(
             log=self.log,
             sessions=sessions,
@@ -186,6 +166,31 @@ class Shard:
             clock=world.clock,
             sleep=world.sleep,
             events=world.events,
+        )
+
+    def _make_server(self, config: ShardConfig) -> Server:
+        sessions = self.memory.sessions
+        service = Service(
+            ownership=self.ownership,
+            slot_of=self.slot_of,
+            look=self.log.look,
+            sessions=sessions,
+            replay=self.replay,
+            writes=self.session_writes,
+            names=self._names,
+        )
+        return Server(
+            credentials=self.credentials,
+            service=service,
+            sequencer=self.sequencer,
+            sessions=sessions,
+            ownership=self.ownership,
+            subscriptions=self.subscriptions,
+            slot_of=self.slot_of,
+            refusal=self.refusal,
+            log=self._world.events,
+            connections_max=config.connections_max,
+            requests_max=config.requests_max,
         )
 
     def slot_of(self, ident: SessionId) -> Slot:
