@@ -41,6 +41,7 @@ class Model:
     def __init__(self) -> None:
         self.logs: dict[str, Log] = {}
         self.sockets: list[ModelSocket] = []
+        self.explains_gaps = True
 
     def log(self, session_id: str) -> Log:
         """A session; made when it is named."""
@@ -106,7 +107,7 @@ class Model:
         first = max(after + 1, log.earliest_seq)
         messages = log.messages[first - 1 : first - 1 + limit]
         page: dict[str, Any] = {"messages": messages, "has_more": first - 1 + len(messages) < log.last_seq}
-        if first > after + 1:
+        if first > after + 1 and self.explains_gaps:
             page["gap"] = gap_body(log, after + 1)
         return page
 

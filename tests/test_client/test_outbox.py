@@ -62,15 +62,16 @@ def test_nothing_leaves_while_a_try_again_is_outstanding() -> None:
     assert seqs(harness.results[second.keys[0]]) == [2]
 
 
-def test_a_retry_waits_at_least_as_long_as_the_server_said() -> None:
-    """`retry_after_ms` is a lower limit."""
+@pytest.mark.parametrize("seed", range(20))
+def test_a_retry_waits_at_least_as_long_as_the_server_said(seed: int) -> None:
+    """`retry_after_ms` is a lower limit; the jitter comes on top."""
     faults: list[Fault] = ["try_again"]
-    harness = Harness(fault=lambda event: faults.pop() if event == "append" and faults else "none")
+    harness = Harness(seed=seed, fault=lambda event: faults.pop() if event == "append" and faults else "none")
     channel = harness.channel()
     harness.settle()
     harness.append(channel, "one")
     harness.settle()
-    harness.advance(0.049)
+    harness.advance(0.0499)
     harness.settle()
     assert contents(harness) == []
     harness.run(1)
@@ -127,6 +128,61 @@ def test_expected_seq_and_batches_have_frames_of_their_own() -> None:
     assert refusal.last_seq == 2
     assert seqs(harness.results[batch.keys[0]]) == [3, 4, 5]
     assert [seqs(harness.results[one.keys[0]]) for one in (first, good, last)] == [[1], [2], [6]]
+
+
+def test_expected_seq_is_never_lost_in_a_shared_frame() -> None:
+    """Waiting behind a plain append, it still has a frame of its own."""
+    harness = Harness()
+    channel = harness.channel()
+    harness.settle()
+    for content in ("in flight", "waits"):
+        harness.append(channel, content)
+    bad = harness.append(channel, "no", expected_seq=0)
+    harness.settle()
+    assert isinstance(harness.results[bad.keys[0]], Conflict)
+    assert contents(harness) == ["in flight", "waits"]
+
+
+def test_calls_of_a_refused_frame_count_as_not_sent() -> None:
+    """The server said that nothing of the frame was appended; what then never leaves is `NotSent`, not unknown."""
+    harness = Harness()
+    harness.model.append("s", [{"content": "other", "idempotency_key": "k"}], sender="x", expected_seq=None)
+    channel = harness.channel()
+    harness.settle()
+    harness.append(channel, "first")
+    harness.append(channel, "mine", key="k")
+    last = harness.append(channel, "last", deadline_s=5)
+    harness.to_server()
+    harness.to_client()
+    harness.to_server()
+    harness.to_client()
+    harness.reachable = False
+    harness.cut()
+    harness.run(10)
+    assert isinstance(harness.results[last.keys[0]], NotSent)
+
+
+def test_a_late_answer_to_a_frame_of_an_earlier_join_is_ignored() -> None:
+    """The session was joined again on the same connection and the append sent again: only the newer answer counts."""
+    faults: list[Fault] = ["silence", "silence"]
+    harness = Harness(fault=lambda event: faults.pop() if event == "append" and faults else "none")
+    channel = harness.channel()
+    harness.settle()
+    append = harness.append(channel, "one")
+    harness.settle()
+    assert harness.socket is not None
+    old = harness.socket.received[-1]
+    harness.socket.push("s", "phx_error", {})
+    harness.to_client()
+    harness.run(5)
+    assert not faults, "it was sent again"
+    refusal = {"code": "INVALID", "reason": "late", "message": "late"}
+    harness.socket.emit(old[0], old[1], old[2], "phx_reply", {"status": "error", "response": refusal})
+    harness.to_client()
+    assert append.keys[0] not in harness.results
+    harness.cut()
+    harness.run(5)
+    assert seqs(harness.results[append.keys[0]]) == [1]
 
 
 def test_deadlines_say_whether_it_was_sent() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fleetlm_client.events import CaughtUp, Draining, Event, Gap, Message, ReadCursor, Reconnected
+from fleetlm_client.events import CaughtUp, Draining, Event, Gap, Message, Page, ReadCursor, Reconnected
+from fleetlm_client.reader import Reader
 from fleetlm_client.settings import Settings
 from fleetlm_common.errors import Invalid
 from tests.support.phoenix_model import Fault
@@ -62,6 +63,8 @@ def test_what_is_known_is_dropped_and_a_hole_is_filled() -> None:
     harness.settle()
     assert harness.socket is not None
     harness.socket.push_live("s", harness.model.log("s").messages)
+    harness.settle()
+    assert [frame[3] for frame in harness.socket.received] == ["phx_join"], "what is known is no reason to ask"
     socket, harness.socket.joins = harness.socket, {}
     harness.model.add("s", ["b", "c"])
     socket.joins = {"s": ("1", 1)}
@@ -91,6 +94,7 @@ def test_a_leading_hole_that_nobody_explains_is_a_gap() -> None:
     harness.settle()
     assert channel.reader.behind
     harness.model.trim("s", 61)
+    harness.model.explains_gaps = False
     events = harness.take_all(channel)
     gaps = [event for event in events if isinstance(event, Gap)]
     assert [(gap.from_seq, gap.next_seq) for gap in gaps] == [(41, 61)]
@@ -226,3 +230,47 @@ def test_a_join_is_retried_after_try_again() -> None:
     channel = harness.channel()
     harness.run(30)
     assert brief(harness.take_all(channel)) == [1, "CaughtUp"]
+
+
+def message(seq: int) -> Message:
+    return Message(
+        id=f"id-{seq}", session_id="s", seq=seq, sender_id="a", sender_kind="human", kind="message", content=seq,
+        inserted_at="",
+    )  # fmt: skip
+
+
+def reader(cursor: int) -> Reader:
+    return Reader(cursor=cursor, messages_max=100, bytes_max=1_000_000, page_messages=10)
+
+
+def test_a_push_that_was_dropped_while_a_page_was_on_its_way_is_asked_for() -> None:
+    """The page was read before that message existed and says that there is no more: it is not believed."""
+    one = reader(0)
+    one.on_messages([message(5)], size_bytes=10)
+    assert one.wants_page() == 0
+    one.on_messages([message(6)], size_bytes=10)
+    assert one.on_page(Page([message(seq) for seq in range(1, 6)], has_more=False), size_bytes=50)
+    assert one.wants_page() == 5
+    assert one.on_page(Page([message(6)], has_more=False), size_bytes=10)
+    assert one.wants_page() is None
+
+
+def test_a_gap_behind_a_hole_waits_until_the_hole_is_filled() -> None:
+    """Told 5–7 are missing while 2–4 were never seen: those are asked for first, the gap is not put over them."""
+    one = reader(1)
+    one.on_gap(Gap(reason="trimmed", from_seq=5, next_seq=8, earliest_seq=8, last_seq=9))
+    assert one.take() is None
+    assert one.wants_page() == 1
+
+
+def test_what_an_earlier_join_still_says_is_ignored() -> None:
+    """Phoenix closes the elder of two joins of a topic: its `phx_close` is no reason to join again."""
+    harness = Harness()
+    channel = harness.channel()
+    harness.settle()
+    assert harness.socket is not None
+    harness.socket.emit("0", None, "session:s", "phx_close", {})
+    harness.socket.emit("0", None, "session:s", "gap", {"reason": "x", "from_seq": 1, "next_seq": 9})
+    harness.to_client()
+    assert channel.state == "joined"
+    assert brief(harness.take_all(channel)) == ["CaughtUp"]

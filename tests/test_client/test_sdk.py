@@ -100,6 +100,23 @@ async def test_append_waits_for_room_in_order(server: PhoenixServer) -> None:
         assert (await session.submit("later")).seq == 101
 
 
+async def test_nobody_overtakes_those_who_wait_for_room(server: PhoenixServer) -> None:
+    """A caller that comes when room has just become free goes behind those that were waiting for it."""
+    settings = Settings(outbox_messages_max=1, backoff_base_s=0.01)
+    async with (
+        fleetlm_client.connect(server.url, participant_id="a", settings=settings) as client,
+        client.join("s", cursor=0) as session,
+    ):
+        assert isinstance(await anext(session), CaughtUp)
+
+        async def first_then_new() -> None:
+            await session.append("first")
+            await session.append("new")
+
+        await asyncio.gather(first_then_new(), *(session.append(number) for number in range(5)))
+        assert [m["content"] for m in server.model.log("s").messages] == ["first", 0, 1, 2, 3, 4, "new"]
+
+
 async def test_reading_resumes_by_itself(server: PhoenixServer) -> None:
     """A cut connection costs a `Reconnected` event, no message, and none comes twice."""
     async with (
