@@ -5,6 +5,8 @@ VENV := .venv
 BOOT := .cache/uv-$(UV_VERSION)
 UV := $(BOOT)/bin/uv
 RUN := $(VENV)/bin
+# As many tests at once as there are processors; a worker that is done takes from the others' rest.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
 .PHONY: help setup check audit test up bench kills clean
@@ -35,9 +37,9 @@ audit: setup ## known vulnerabilities in the locked dependencies (says so when t
 	@bash tests/support/audit.sh $(UV) $(RUN)
 
 test: setup ## every test; without root those marked `root` (loop mounts) are left out, and it says so
-	@if [ "$$(id -u)" = 0 ]; then $(RUN)/pytest -q; else \
+	@if [ "$$(id -u)" = 0 ]; then $(RUN)/pytest -q $(PARALLEL); else \
 	echo "not root: tests marked 'root' (full file systems on loop mounts) are left out; 'sudo make test' runs them"; \
-	$(RUN)/pytest -q -m "not root"; fi
+	$(RUN)/pytest -q $(PARALLEL) -m "not root"; fi
 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
