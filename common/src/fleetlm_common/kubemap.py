@@ -1,7 +1,7 @@
 """RingMap object ↔ `RingMap` value. Pure.
 
-Promise: what one side writes the other reads, whole or not at all: a map that is not whole raises. Must not be done here:
-reading or writing objects (`kubeapi.py`), deciding.
+Promise: what one side writes the other reads, whole or not at all: a map that is not whole raises. Must not be done
+here: reading or writing objects (`kubeapi.py`), deciding.
 """
 
 from __future__ import annotations
