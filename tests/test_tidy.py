@@ -199,6 +199,37 @@ def test_tests_do_not_sleep() -> None:
     none_of(guessed, "a sleep in a test")
 
 
+def test_no_test_skips() -> None:
+    """What cannot run here says why and fails; only the marker `root`, announced by `make test`, leaves tests out."""
+    skipping = re.compile(r"\b(skip|skipif|importorskip|SkipTest|xfail)\b(?!\s*=)")
+    found = [
+        f"{place(path, node)} {ast.unparse(node)}"
+        for path in suite()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute | ast.Name) and skipping.search(ast.unparse(node))
+    ]
+    none_of(found, "a test that may skip")
+
+
+def test_the_tables_of_testing_name_real_tests() -> None:
+    """Each test that docs/testing.md names exists, and each command of the track record selects one."""
+    text = (ROOT / "docs" / "testing.md").read_text()
+    named = re.findall(r"`(tests/\S+?\.py)::(\w+)`", text)
+    missing = [f"{file}::{name}" for file, name in named if name not in names_in(ROOT / file)]
+    commands = re.findall(r"`pytest (tests/\S+?\.py) -k (\w+)`", text)
+    missing += [
+        f"{file} -k {word}" for file, word in commands if not any(word in name for name in names_in(ROOT / file))
+    ]
+    assert named
+    assert commands
+    none_of(missing, "docs/testing.md names what is not there")
+
+
+def names_in(path: Path) -> set[str]:
+    """Functions of a module."""
+    return {function.name for function in functions(path)}
+
+
 def top_folders() -> list[str]:
     """What a visitor sees."""
     return sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))

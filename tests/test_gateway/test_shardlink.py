@@ -126,6 +126,32 @@ def test_a_lost_connection_answers_what_was_in_flight() -> None:
     run_fast(main())
 
 
+def test_one_broken_callback_costs_nobody_else_the_answer() -> None:
+    """A mistake in what waits for one answer is reported; the other requests of the lost connection hear LOST."""
+
+    async def main() -> None:
+        async with rig() as parts:
+            shard = parts.shards[0]
+            link = parts.boundary._router.route(SessionId("s")).link
+            answers: list[int] = []
+            told: list[str] = []
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+            shard.script(Kind.INFO, Mute(), Mute())
+
+            def broken(kind: int, payload: bytes) -> None:
+                raise RuntimeError(f"a mistake with {kind}")
+
+            link.call(Kind.INFO, info("s"), broken)
+            link.call(Kind.INFO, info("s"), lambda kind, _: answers.append(kind))
+            await shard.until_asked(rpc.Info, 2)
+            shard.cut()
+            await until(lambda: len(answers) == 1)
+            assert (answers, told) == ([LOST], [f"a mistake with {LOST}"])
+
+    run_fast(main())
+
+
 def test_a_silent_shard_counts_as_gone() -> None:
     """A connection that stands but says nothing (frozen process, lost node) is given up, and requests get LOST."""
 

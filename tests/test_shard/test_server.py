@@ -13,6 +13,7 @@ from fleetlm_common.errors import Conflict, FleetError, Invalid, Moved, TooLarge
 from fleetlm_common.ids import ShardName
 from fleetlm_common.rpc import Kind
 from fleetlm_common.wire import HEADER
+from fleetlm_shard.server import PAGES_MAX
 from tests.support.eventually import eventually
 from tests.support.rpcclient import RpcClient, draft, refused
 from tests.support.shardrig import NAME, SLOTS, shard_rig
@@ -248,3 +249,31 @@ async def test_an_error_inside_still_answers_the_request() -> None:
         with pytest.raises(TryAgain):
             await client.read("s", after=0)
         assert (rig.shard.server.failed, rig.shard.server.in_flight) == (1, 0)
+
+
+async def test_a_mistake_between_disk_and_answer_ends_the_shard() -> None:
+    """Whoever waits is told, the process is told to end, nothing is taken any more: only a restart knows the truth."""
+    async with shard_rig() as rig, await rig.client() as client:
+
+        def broken(records: object) -> None:
+            raise RuntimeError("a mistake")
+
+        told: list[dict[str, object]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        rig.shard.writes.on_durable = broken  # type: ignore[method-assign]
+        with pytest.raises(TryAgain):
+            await client.append("s", "k")
+        assert [str(error) for error in rig.stopped] == ["a mistake"]
+        with pytest.raises(TryAgain):
+            await client.append("s", "k2")
+
+
+async def test_marks_do_not_wait_behind_pages() -> None:
+    """As many pages as may be read at once are stuck: a read cursor is stored all the same."""
+    async with shard_rig() as rig, await rig.client() as client:
+        await client.append("s", "k")
+        held = [await rig.shard.server.paging.acquire() for _ in range(PAGES_MAX)]
+        assert held
+        async with asyncio.timeout(5):
+            assert await client.mark_read("s", "alice", 1) == 1
