@@ -1,0 +1,59 @@
+"""The rules of docs/moves.md hold in every interleaving of a small scope, and each of them is there for a reason.
+
+A larger scope by hand: `python -m tests.model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.model.checker import check
+from tests.model.moves import Moves, Rules, Scope
+
+ONE = Scope(keys=1, moves=2, aborts=1, crashes=1)
+CALM = Scope(keys=1, moves=2, aborts=1, crashes=0)
+KEYS = Scope(keys=2, moves=1, aborts=0, crashes=1)
+TWO = Scope(keys=1, moves=1, aborts=0, crashes=0, seconds=1)
+STILL = Scope(keys=2, moves=0, aborts=0, crashes=0, seconds=1, conditional=True)
+
+SOUND: dict[str, tuple[Scope, dict[str, Any]]] = {
+    "two moves, an abort, a crash": (ONE, {}),
+    "two keys": (KEYS, {}),
+    "a second container starts, also while the first still boots": (TWO, {}),
+    "expected_seq, two containers": (STILL, {}),
+}
+MISTAKES: dict[str, tuple[Scope, dict[str, Any], str]] = {
+    "no look before an answer": (TWO, {"look": False}, "S4"),
+    "a boot trusts the page cache": (KEYS, {"boot_sync": False}, "S1"),
+    "a sealed source boots unsealed": (ONE, {"boot_sealed": False}, "S4"),
+    "a boot goes by an older map than its volume": (ONE, {"stale_boot": True, "floor": False}, "S4"),
+    "the map and the log are read before the term is durable": (TWO, {"term_first": False}, "S4"),
+    "a sealed source unseals itself": (CALM, {"self_unseal": True}, "S4"),
+    "what is not durable is copied": (KEYS, {"copy_shown": False}, "P"),
+    "keys stay behind": (KEYS, {"keys_travel": False}, "S3"),
+    "a confirmation that is not durable": (KEYS, {"confirm_durable": False}, "S1"),
+    "a confirmation of another move": (CALM, {"confirm_keyed": False}, "S1"),
+    "a target confirms before the source sealed": (KEYS, {"seal_before_confirm": False}, "S4"),
+    "a target serves before the commit": (KEYS, {"serve_on_confirm": True}, "S1"),
+    "a commit that is no compare-and-swap": (CALM, {"cas": False}, "S4"),
+    "a clean-up that does not look at the map": (CALM, {"clean_keyed": False}, "S1"),
+    "a dedupe hit that does not wait": (KEYS, {"dedupe_waits": False}, "S1"),
+    "CONFLICT without a look": (STILL, {"conflict_looks": False}, "A2"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_the_rules_hold(name: str) -> None:
+    """Nothing shown is lost, repeated or taken back, one process at most can acknowledge, and every move can end."""
+    scope, rules = SOUND[name]
+    verdict = check(Moves(scope, Rules(**rules)))
+    assert verdict.broken is None, "\n".join(verdict.trace)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_rule_is_needed(name: str) -> None:
+    """Without the rule there is a counterexample: the model can see the mistake."""
+    scope, rules, broken = MISTAKES[name]
+    assert check(Moves(scope, Rules(**rules))).broken == broken
