@@ -1,4 +1,7 @@
-"""`python -m fleetlm_operator`: the controller over files, configured by the environment only."""
+"""`python -m fleetlm_operator [kubernetes]`: the controller over files, or the operator on Kubernetes.
+
+Configured by the environment only (docs/operations/configuration.md).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import sys
 import uvloop
 
 from fleetlm_common.config import ConfigError, fail, load
-from fleetlm_operator.config import PREFIX, ControllerConfig
-from fleetlm_operator.local import run
+from fleetlm_operator.config import OPERATOR_PREFIX, PREFIX, ControllerConfig, OperatorConfig
 
 
 def main() -> int:
@@ -18,12 +20,21 @@ def main() -> int:
     Returns:
         The exit status: 78 if the configuration is wrong, 1 if the port is taken (it may come free: worth a retry).
     """
+    on_kubernetes = sys.argv[1:] == ["kubernetes"]
+    component, prefix = ("operator", OPERATOR_PREFIX) if on_kubernetes else ("controller", PREFIX)
     try:
-        uvloop.run(run(load(ControllerConfig, prefix=PREFIX, env=os.environ)))
+        if on_kubernetes:
+            from fleetlm_operator import cluster
+
+            uvloop.run(cluster.run(load(OperatorConfig, prefix=prefix, env=os.environ)))
+        else:
+            from fleetlm_operator import local
+
+            uvloop.run(local.run(load(ControllerConfig, prefix=prefix, env=os.environ)))
     except ConfigError as error:
-        return fail(error, component="controller")
+        return fail(error, component=component)
     except OSError as error:
-        sys.stderr.write(f"controller: cannot listen on {PREFIX}OPS_LISTEN: {error.strerror}\n")
+        sys.stderr.write(f"{component}: cannot listen on {prefix}OPS_LISTEN: {error.strerror}\n")
         return 1
     return 0
 

@@ -1,0 +1,270 @@
+"""The loop of each ring: observe → plan → act a little → say it in a sentence.
+
+    hint (any event about the ring) ─┐
+    resync ──────────────────────────┴→ step: one at a time for a ring, STEPS_MAX rings at once
+
+Promise: level-triggered: a step uses a fresh look and nothing from the step before; a lost hint costs RESYNC_S, a crash
+between two lines nothing. Must not be done here: deciding (`ringplan.py`), wording (`verdict.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+from fleetlm_common.clock import Clock
+from fleetlm_common.kubeapi import ApiConflict, ApiError, ApiRefused, ApiUnavailable, KubeApi, Object
+from fleetlm_common.kubenames import MANAGER, SHARD_RINGS
+from fleetlm_common.logs import Logger
+from fleetlm_common.ops import Health
+from fleetlm_operator.kubemetrics import KubeMetrics
+from fleetlm_operator.kubeworld import KubeWorld
+from fleetlm_operator.observed import Observed
+from fleetlm_operator.resources import EVENTS
+from fleetlm_operator.ringplan import Action, Defaults, Grow, Plan, plan
+from fleetlm_operator.ringspec import Ring
+from fleetlm_operator.verdict import Refusal, Verdict, judge, status_object, timestamp
+
+RESYNC_S: Final = 30.0
+"""A look at each ring at least so often: what no event told is seen then (a Secret or a Role that was deleted)."""
+UNSETTLED_S: Final = 3.0
+"""While something is under way: deadlines pass without an event."""
+AGAIN_S: Final = 0.2
+"""After a change: what follows from it."""
+AGAIN_GROWTH: Final = 1.3
+"""Somebody who undoes each change of ours must not make us spin: such steps grow apart, to RESYNC_S."""
+RETRY_S: Final = 2.0
+"""After the API server did not answer, or somebody was quicker."""
+STEP_S: Final = 60.0
+"""Longest step: some thirty requests, each with a deadline of its own."""
+STEPS_MAX: Final = 8
+"""Rings that are looked after at the same moment."""
+STUCK_S: Final = 180.0
+"""No step ended for so long although there are rings: the process hangs and liveness says so."""
+
+
+class Reconciler:
+    """All rings of one operator that leads.
+
+    Args:
+        api: for events.
+        world: what is observed and acted on.
+        defaults: what the operator adds to specs.
+        clock: for ages and liveness.
+        now: the time, for names of events.
+        log: where sentences go besides the status.
+        metrics: the series to move.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        world: KubeWorld,
+        *,
+        defaults: Defaults,
+        clock: Clock,
+        now: Callable[[], datetime],
+        log: Logger,
+        metrics: KubeMetrics,
+    ) -> None:
+        self._api = api
+        self._world = world
+        self._defaults = defaults
+        self._clock = clock
+        self._now = now
+        self._log = log
+        self._metrics = metrics
+        self._hints: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._changed: dict[tuple[str, str], asyncio.Event] = {}
+        self._phases: dict[tuple[str, str], str] = {}
+        self._said: dict[tuple[str, str], str] = {}
+        self._limit = asyncio.Semaphore(STEPS_MAX)
+        self._step_ended_s = clock.monotonic_s()
+
+    def hint(self, namespace: str, name: str) -> None:
+        """Something happened that may concern this ring; one that is not known yet is looked for."""
+        changed = self._changed.get((namespace, name))
+        if changed is None:
+            self._changed[namespace, name] = asyncio.Event()
+            self._hints.put_nowait((namespace, name))
+        else:
+            changed.set()
+
+    def live(self) -> Health:
+        """Whether steps end."""
+        idle_s = self._clock.monotonic_s() - self._step_ended_s
+        if self._changed and idle_s > STUCK_S:
+            return Health(ok=False, reason="Stuck", message=f"no step ended for {idle_s:.0f} s")
+        return Health(ok=True, reason="Alive")
+
+    async def run(self) -> None:
+        """Look after every ring that is hinted at, until cancelled.
+
+        Cancel-safe: a change that was under way is made or not, and seen by whoever leads next.
+        """
+        self._step_ended_s = self._clock.monotonic_s()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                key = await self._hints.get()
+                tasks.create_task(self._look_after(key), name="/".join(key))
+
+    async def _look_after(self, key: tuple[str, str]) -> None:
+        """Steps for one ring, until it is gone."""
+        changed = self._changed[key]
+        streak = 0
+        while True:
+            changed.clear()
+            pause_s = await self._timed_step(key)
+            if pause_s is None and changed.is_set():
+                continue  # it was made in this very moment
+            if pause_s is None:
+                del self._changed[key]
+                self._said.pop(key, None)
+                self._show_phase(key, None)
+                return
+            streak = streak + 1 if pause_s == AGAIN_S else 0
+            pause_s = min(RESYNC_S, pause_s * AGAIN_GROWTH**streak)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _timed_step(self, key: tuple[str, str]) -> float | None:
+        """A step whose failures become pauses."""
+        async with self._limit:
+            begun_s = self._clock.monotonic_s()
+            outcome, pause_s = "unavailable", RETRY_S
+            try:
+                async with asyncio.timeout(STEP_S):
+                    pause = await self._step(*key)
+                if pause is None:
+                    return None
+                outcome, pause_s = "ok", pause
+            except TimeoutError:
+                self._complain(key, f"a step took more than {STEP_S:.0f} s")
+            except ApiConflict as error:
+                outcome = "conflict"
+                self._complain(key, f"somebody was quicker: {error}")
+            except ApiUnavailable as error:
+                self._complain(key, f"the API server does not answer: {error}")
+            except (ApiError, ValueError) as error:
+                outcome, pause_s = "refused", RESYNC_S
+                self._complain(key, f"cannot look after the ring: {error}")
+            finally:
+                self._step_ended_s = self._clock.monotonic_s()
+                self._metrics.steps.labels(outcome).inc()
+                self._metrics.step_seconds.observe(self._step_ended_s - begun_s)
+            return pause_s
+
+    async def _step(self, namespace: str, name: str) -> float | None:
+        """Observe, plan, act, say; returns the longest pause before the next one, None when the ring is gone."""
+        seen = await self._world.observe(namespace, name)
+        if seen is None:
+            return None
+        planned = plan(seen, self._defaults)
+        acted, refusals = await self._act(seen.ring, planned)
+        verdict = judge(seen, planned, refusals)
+        self._say(seen.ring, verdict)
+        await self._write_status(seen, planned, verdict)
+        if acted:
+            return AGAIN_S
+        return RESYNC_S if verdict.settled else UNSETTLED_S
+
+    async def _act(self, ring: Ring, planned: Plan) -> tuple[bool, tuple[Refusal, ...]]:
+        """Carry out the plan; what the server refuses is told, and the rest goes on."""
+        acted, refusals = False, list[Refusal]()
+        for action in planned.actions:
+            kind = type(action).__name__
+            try:
+                changed = await self._world.act(ring, action)
+            except ApiRefused as error:
+                self._metrics.actions.labels(kind, "refused").inc()
+                refusals.append(Refusal(action.why, str(error), storage=isinstance(action, Grow)))
+                continue
+            except ApiError:
+                self._metrics.actions.labels(kind, "failed").inc()
+                raise
+            self._metrics.actions.labels(kind, "done" if changed else "unchanged").inc()
+            if changed:
+                acted = True
+                self._tell(ring, action)
+        return acted, tuple(refusals)
+
+    def _tell(self, ring: Ring, action: Action) -> None:
+        self._log.event("did", ring=f"{ring.namespace}/{ring.name}", what=action.why)
+
+    def _say(self, ring: Ring, verdict: Verdict) -> None:
+        """One line for each new sentence."""
+        key = (ring.namespace, ring.name)
+        self._show_phase(key, verdict.phase)
+        if self._said.get(key) != verdict.sentence:
+            self._said[key] = verdict.sentence
+            warn = verdict.phase in {"Stalled", "Degraded"}
+            self._log.event(
+                "ring",
+                level="warning" if warn else "info",
+                ring=f"{ring.namespace}/{ring.name}",
+                phase=verdict.phase,
+                sentence=verdict.sentence,
+            )
+
+    def _complain(self, key: tuple[str, str], sentence: str) -> None:
+        if self._said.get(key) != sentence:
+            self._said[key] = sentence
+            self._log.event("step_failed", level="warning", ring="/".join(key), sentence=sentence)
+
+    def _show_phase(self, key: tuple[str, str], phase: str | None) -> None:
+        before = self._phases.pop(key, None)
+        if phase is not None:
+            self._phases[key] = phase
+        counts = Counter(self._phases.values())
+        for each in {before, phase} - {None}:
+            self._metrics.rings.labels(each).set(counts[str(each)])
+
+    async def _write_status(self, seen: Observed, planned: Plan, verdict: Verdict) -> None:
+        """Write what changed, and one event if a condition did."""
+        status = status_object(seen, planned, verdict)
+        if status == seen.ring.status_object:
+            return
+        await self._world.write_status(seen.ring, status)
+        self._metrics.status_writes.inc()
+        before = {condition.type: (condition.status, condition.reason) for condition in seen.ring.status.conditions}
+        for kind in ("Stalled", "Degraded", "Paused", "Progressing", "Ready"):
+            said = verdict.conditions[kind]
+            if before.get(kind) != (said.status, said.reason) and (before or said.status == "True"):
+                bad = kind in {"Stalled", "Degraded"} and said.status == "True"
+                await self._post(seen.ring, "Warning" if bad else "Normal", said.reason, said.message)
+                return
+
+    async def _post(self, ring: Ring, kind: str, reason: str, message: str) -> None:
+        """An event; without it nothing is lost but a line in `kubectl describe`."""
+        moment = self._now()
+        body: Object = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{ring.name}.{int(moment.timestamp() * 1e6):x}", "namespace": ring.namespace},
+            "involvedObject": {
+                "apiVersion": SHARD_RINGS.api,
+                "kind": SHARD_RINGS.kind,
+                "name": ring.name,
+                "namespace": ring.namespace,
+                "uid": ring.uid,
+            },
+            "type": kind,
+            "reason": reason,
+            "message": message,
+            "source": {"component": MANAGER},
+            "reportingComponent": MANAGER,
+            "firstTimestamp": timestamp(moment),
+            "lastTimestamp": timestamp(moment),
+            "count": 1,
+        }
+        try:
+            await self._api.create(EVENTS, ring.namespace, body)
+            self._metrics.events.labels(kind).inc()
+        except ApiError as error:
+            self._log.event("event_lost", level="warning", ring=f"{ring.namespace}/{ring.name}", error=str(error))
