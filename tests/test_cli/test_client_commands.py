@@ -185,7 +185,36 @@ async def test_verify_of_no_volume_is_usage(tmp_path: Path) -> None:
 async def test_every_command_explains_itself() -> None:
     """`--help` of each; an unknown option is usage."""
     listed = await fleetlm("--help")
-    for command in ("up", "append", "tail", "sessions", "ring", "verify", "bench"):
+    commands = ("up", "append", "tail", "sessions", "ring", "verify", "shards", "bench")
+    for command, shown in zip(
+        commands, await asyncio.gather(*(fleetlm(each, "--help") for each in commands)), strict=True
+    ):
         assert command in listed.out
+        assert shown.status == 0
+        assert f"fleetlm {command}" in shown.out
+    version = await fleetlm("--version")
+    assert (version.status, version.out.split()[0]) == (0, "fleetlm")
     done = await fleetlm("tail", "s", "--nonsense")
     assert done.status == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("FLEETLM_ULR", "unknown variable FLEETLM_ULR: did you mean FLEETLM_URL?"),
+        ("FLEETLM_SHRD_FSYNC", "unknown variable FLEETLM_SHRD_FSYNC: did you mean FLEETLM_SHARD_…?"),
+        ("FLEETLM_X", "unknown variable FLEETLM_X: "),
+    ],
+)
+async def test_a_variable_that_nobody_reads_is_refused(variable: str, words: str, tmp_path: Path) -> None:
+    """Status 78 before anything is done or made; a misspelt setting is not a setting left out."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FLEETLM_")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fleetlm_cli.main", "up", "--data", str(tmp_path / "ring"), "--port", "0",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**env, variable: "1"},
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (78, b"")
+    assert words in err.decode()
+    assert not (tmp_path / "ring").exists()

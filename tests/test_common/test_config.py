@@ -29,7 +29,8 @@ def test_strings_become_values() -> None:
     ("env", "complaint"),
     [
         ({}, "missing variable X_NAME"),
-        ({"X_NAME": "one", "X_PROT": "1"}, "unknown variable X_PROT"),
+        ({"X_NAME": "one", "X_PROT": "1"}, "unknown variable X_PROT; nearest are X_PORT"),
+        ({"X_NAME": "one", "X_Q": "1"}, "unknown variable X_Q; unset it"),
         ({"X_NAME": "one", "X_PORT": "many"}, "X_PORT: "),
         ({"X_NAME": "one", "X_PORT": "70000"}, "X_PORT: .*65535"),
         ({"X_NAME": "one", "X_FSYNC": "sometimes"}, "X_FSYNC: "),

@@ -6,12 +6,16 @@ no traceback for what the world gets wrong. Must not be done here: the work of a
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
+from fleetlm_cli import environment
 from fleetlm_cli.append import append
 from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
@@ -30,14 +34,33 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    *, version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and end.")] = False
-) -> None:
-    """FleetLM: a durable, ordered, resumable message log for conversations."""
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"fleetlm {metadata.version('fleetlm')}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """FleetLM: a durable, ordered, resumable message log for conversations."""
+    assert not version
+    environment.check(os.environ, known=_variables(context.command))
+
+
+def _variables(command: object) -> Iterator[str]:
+    """Every variable that an option of `command`, or of one below it, is read from."""
+    for parameter in getattr(command, "params", []):
+        names = parameter.envvar or ()
+        yield from [names] if isinstance(names, str) else names
+    if isinstance(command, TyperGroup):
+        for below in command.commands.values():
+            yield from _variables(below)
 
 
 app.command()(up)

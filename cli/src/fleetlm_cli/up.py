@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import uuid
@@ -194,6 +195,8 @@ def _banner(layout: Layout, found: upfile.Up) -> str:
     """What to do now that it runs."""
     default = layout.folder == DATA_DEFAULT.absolute()
     data = "" if default else f" --data {shlex.quote(str(layout.folder))}"
+    own = Path(sys.argv[0])  # not on the PATH when `make up` started it from an environment that is not active
+    command = shlex.quote(str(own)) if own.name == "fleetlm" and shutil.which("fleetlm") is None else "fleetlm"
     return f"""
 FleetLM is ready: {_count(layout.shards, "shard")}, {_count(layout.gateways, "gateway")}, on this machine only.
 
@@ -203,7 +206,7 @@ FleetLM is ready: {_count(layout.shards, "shard")}, {_count(layout.gateways, "ga
 
 Try in another terminal:
 
-  fleetlm append demo "hello, is anybody there?" --as alice{data}
+  {command} append demo "hello, is anybody there?" --as alice{data}
 
 Ctrl-C stops it.
 """

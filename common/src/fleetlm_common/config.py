@@ -6,6 +6,7 @@ is wrong. Must not be done here: defaults (they stand in each component's struct
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,8 +37,9 @@ def load(kind: type[C], *, prefix: str, env: Mapping[str, str]) -> C:
     unknown = sorted(set(given) - set(fields))
     if unknown:
         names = ", ".join(prefix + name.upper() for name in unknown)
-        known = ", ".join(prefix + name.upper() for name in sorted(fields))
-        raise ConfigError(f"unknown variable {names}; known are: {known}")
+        nearest = difflib.get_close_matches(unknown[0], sorted(fields), n=3, cutoff=0.5)
+        meant = f"nearest are {', '.join(prefix + name.upper() for name in nearest)}" if nearest else "unset it"
+        raise ConfigError(f"unknown variable {names}; {meant} (all are in docs/operations/configuration.md)")
     missing = sorted(name for name, field in fields.items() if field.required and name not in given)
     if missing:
         raise ConfigError("missing variable " + ", ".join(prefix + name.upper() for name in missing))
