@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test up bench kills clean
+.PHONY: help setup check audit test up bench bench-peers bench-peers-setup kills clean
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,15 @@ kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 
 bench: setup ## closed-loop numbers of this machine: append and end to end
 	$(RUN)/fleetlm bench append && $(RUN)/fleetlm bench e2e
+
+NATS_VERSION := v2.15.2
+
+bench-peers-setup: ## what bench-peers needs: redis-server and postgresql from Debian (root), nats-server by Go (1.25 or newer)
+	apt-get install --yes --no-install-recommends redis-server postgresql
+	GOBIN=$(CURDIR)/.cache/peers go install github.com/nats-io/nats-server/v2@$(NATS_VERSION)
+
+bench-peers: setup ## durable appends beside Redis, PostgreSQL and NATS, interleaved; ROUNDS=5
+	$(RUN)/python -m tests.bench.peers --rounds $(or $(ROUNDS),5)
 
 up: setup ## three shards, a gateway and a controller on this machine; Ctrl-C stops them
 	$(RUN)/fleetlm up
