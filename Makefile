@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test up bench bench-peers bench-peers-setup kills clean
+.PHONY: help setup check audit test docs up bench bench-peers bench-peers-setup kills clean
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ bench-peers-setup: ## what bench-peers needs: redis-server and postgresql from D
 
 bench-peers: setup ## durable appends beside Redis, PostgreSQL and NATS, interleaved; ROUNDS=5
 	$(RUN)/python -m tests.bench.peers --rounds $(or $(ROUNDS),5)
+
+docs: setup ## write docs/kubernetes/reference.md anew from the schemas in crds/
+	$(RUN)/python -m tests.support.crdreference
 
 up: setup ## three shards, a gateway and a controller on this machine; Ctrl-C stops them
 	$(RUN)/fleetlm up

@@ -154,7 +154,9 @@ class KubeApi:
         """A quorum read of all objects with these labels."""
         query = {"labelSelector": labels} if labels else {}
         found = await self._ask("GET", resource.path(namespace), query=query)
-        return Listing(found["items"], found["metadata"]["resourceVersion"])
+        # A list's items leave out what they are; who compares them with what was asked for needs it.
+        kind = {"apiVersion": resource.api, "kind": resource.kind}
+        return Listing([{**kind, **item} for item in found["items"]], found["metadata"]["resourceVersion"])
 
     async def create(self, resource: Resource, namespace: str, body: Object) -> Object:
         """Make an object that is not there yet."""

@@ -1,0 +1,146 @@
+"""Spec → manifests: golden files, and what must hold of every rendering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fleetlm_common.kubeapi import Object
+from fleetlm_operator.ringplan import Apply, Create, plan
+from fleetlm_operator.workloads import GATEWAY_END_S, PRE_STOP_S, RENDERING
+from tests.test_operator.modelcluster import DEFAULTS, ModelCluster
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "manifests"
+FULL: Object = {
+    "replicas": 5,
+    "slots": 1024,
+    "version": "2.3.4",
+    "image": {"registry": "mirror.example/fleet", "pullPolicy": "Always", "pullSecrets": ["mirror"]},
+    "storage": {"size": "100Gi", "className": "fast"},
+    "log": {"fsync": "interval", "fsyncIntervalMilliseconds": 50, "segmentSize": "128Mi"},
+    "hot": {"maxBytes": "1Gi"},
+    "retention": {"maxBytes": "50Gi", "maxAgeSeconds": 86400},
+    "idempotency": {"windowSeconds": 600, "maxKeys": 50000},
+    "resources": {"requests": {"cpu": 1, "memory": "2Gi"}, "limits": {"memory": "2Gi"}},
+    "scheduling": {
+        "nodeSelector": {"disk": "local"},
+        "tolerations": [{"key": "chat", "operator": "Exists", "effect": "NoSchedule"}],
+        "spread": [{"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"}],
+        "priorityClassName": "chat",
+    },
+    "gateway": {
+        "replicas": 4,
+        "origins": ["https://app.example", "https://beta.example"],
+        "sockets": 5000,
+        "drainWindowSeconds": 60,
+        "service": {
+            "type": "LoadBalancer",
+            "annotations": {"lb.example/idle": "3600"},
+            "loadBalancerClass": "lb.example/l4",
+        },
+        "resources": {"requests": {"cpu": "500m"}},
+    },
+    "drain": {"timeoutSeconds": 30, "terminationGracePeriodSeconds": 120},
+    "networkPolicy": {"opsNamespaces": ["monitoring"]},
+    "volumeRetention": {"whenDeleted": "Delete", "whenScaled": "Delete"},
+    "logLevel": "debug",
+}
+
+
+def rendered(spec: Object) -> dict[str, Object]:
+    """Every child of a new ring, by kind and name."""
+    actions = plan(ModelCluster(spec).observe(), DEFAULTS).actions
+    return {action.child.key: action.child.body for action in actions if isinstance(action, Apply | Create)}
+
+
+@pytest.mark.parametrize(("name", "spec"), [("minimal", {}), ("full", FULL)])
+def test_manifests_are_the_golden_ones(name: str, spec: Object) -> None:
+    """A change here is a change of every ring at the operator's upgrade: pods may only change with a new rendering.
+
+    `python -m tests.test_operator.test_manifests` writes the files anew.
+    """
+    assert rendered(spec) == yaml.safe_load((GOLDEN / f"rendering-{RENDERING}-{name}.yaml").read_text())
+
+
+def pods(spec: Object) -> dict[str, Object]:
+    """The pod specs of shard and gateway."""
+    children = rendered(spec)
+    return {
+        "shard": children["StatefulSet demo-shard"]["spec"]["template"]["spec"],
+        "gateway": children["Deployment demo-gateway"]["spec"]["template"]["spec"],
+    }
+
+
+@pytest.mark.parametrize("component", ["shard", "gateway"])
+def test_pods_are_restricted(component: str) -> None:
+    """The `restricted` pod security standard, and a root file system that cannot be written."""
+    pod = pods({})[component]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+
+
+@pytest.mark.parametrize("spec", [{}, FULL], ids=["minimal", "full"])
+def test_grace_periods_fit(spec: Object) -> None:
+    """Kubernetes kills nobody who is still within its own time to leave."""
+    asked = ModelCluster(spec).ring.spec
+    found = pods(spec)
+    assert found["shard"]["terminationGracePeriodSeconds"] >= asked.drain.timeout_seconds + 25
+    needed = PRE_STOP_S + asked.gateway.drain_window_seconds + GATEWAY_END_S
+    assert found["gateway"]["terminationGracePeriodSeconds"] > needed
+
+
+def variables(component: str, spec: Object) -> dict[str, str]:
+    """The variables that a component is told."""
+    environment: list[dict[str, Any]] = pods(spec)[component]["containers"][0]["env"]
+    return {each["name"]: each["value"] for each in environment if "value" in each}
+
+
+def test_every_variable_is_one_that_the_component_knows() -> None:
+    """An unknown one would keep it from starting."""
+    page = (Path(__file__).parents[2] / "docs" / "operations" / "configuration.md").read_text()
+    for component in ("shard", "gateway"):
+        for name in variables(component, FULL):
+            assert f"`{name}`" in page, name
+
+
+def test_roles_are_the_least() -> None:
+    """A shard writes its own announcements and nothing else; a gateway writes nothing; nobody reads Secrets."""
+    children = rendered({})
+    gateway = {verb for rule in children["Role demo-gateway"]["rules"] for verb in rule["verbs"]}
+    assert gateway == {"get", "list", "watch"}
+    writing = [rule for rule in children["Role demo-shard"]["rules"] if {"patch", "update"} & set(rule["verbs"])]
+    assert [rule["resourceNames"] for rule in writing] == [["demo-shard-0", "demo-shard-1", "demo-shard-2"]]
+    asked = {
+        kind
+        for role in ("shard", "gateway")
+        for rule in children[f"Role demo-{role}"]["rules"]
+        for kind in rule["resources"]
+    }
+    assert asked == {"ringmaps", "leases"}
+
+
+def test_shards_hear_only_their_ring() -> None:
+    """Evaluated as a cluster that enforces policies would: who may reach the shard's port."""
+    policy = rendered({})["NetworkPolicy demo-shard"]["spec"]
+    peers = [each["from"] for each in policy["ingress"] if each["ports"][0]["port"] == 4100]
+    assert [[peer["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] for peer in each] for each in peers] == [
+        ["demo", "demo"]
+    ]
+    assert policy["policyTypes"] == ["Ingress"]
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for file, asked_for in (("minimal", {}), ("full", FULL)):
+        text = yaml.safe_dump(rendered(asked_for), sort_keys=True, width=120)
+        (GOLDEN / f"rendering-{RENDERING}-{file}.yaml").write_text(text)
