@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-peers bench-peers-setup kills clean
+.PHONY: help setup check audit test docs up bench bench-peers bench-peers-setup kills sim clean
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ test: setup ## every test; without root those marked `root` (loop mounts) are le
 	@if [ "$$(id -u)" = 0 ]; then $(RUN)/pytest -q $(PARALLEL); else \
 	echo "not root: tests marked 'root' (full file systems on loop mounts) are left out; 'sudo make test' runs them"; \
 	$(RUN)/pytest -q $(PARALLEL) -m "not root"; fi
+
+sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failures print how to replay them
+	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1))
 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)

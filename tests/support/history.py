@@ -18,6 +18,9 @@ Promise: each broken promise of the design becomes a `Violation` with its kind a
                     after another was acknowledged stands before it
     stream          a reader's stream skipped, repeated or went back without saying a gap
     answers         a request was answered twice, or never although its socket lived
+    caught_up       a join was told `caught_up` not exactly once, or at another seq than it had got to
+    gap             messages are said to be missing although nothing was allowed to lose them
+    unhealed        faults are over, and some request, reader or process still hangs
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any, Literal
 
 Kind = Literal[
     "lost", "changed", "hole", "twice", "phantom", "torn", "unequal", "expected", "reordered", "stream", "answers",
+    "caught_up", "gap", "unhealed",
 ]  # fmt: skip
 Outcome = Literal["pending", "acked", "rejected", "unknown"]
 
@@ -71,6 +75,7 @@ class Invocation:
     contents: tuple[str, ...]
     expected_seq: int | None
     asked_at: int
+    again: bool = False
     outcome: Outcome = "pending"
     answered_at: int = 0
     acks: tuple[Acked, ...] = ()
@@ -103,9 +108,12 @@ class History:
 
     Args:
         key_of: the key that a content tells.
+        gaps_allowed: something may have lost messages (rot, retention): then a gap that was told is no violation, and
+            what it covers is not looked for.
     """
 
-    def __init__(self, *, key_of: Callable[[str], str] = key_in_content) -> None:
+    def __init__(self, *, key_of: Callable[[str], str] = key_in_content, gaps_allowed: bool = True) -> None:
+        self.gaps_allowed = gaps_allowed
         self.invocations: list[Invocation] = []
         self.found: list[Violation] = []
         self._key_of = key_of
@@ -119,9 +127,24 @@ class History:
     # --- writing down
 
     def invoke(
-        self, writer: str, session: str, messages: Sequence[tuple[str, Any]], *, expected_seq: int | None = None
+        self,
+        writer: str,
+        session: str,
+        messages: Sequence[tuple[str, Any]],
+        *,
+        expected_seq: int | None = None,
+        again: bool = False,
     ) -> Invocation:
-        """A writer asks; `messages` are (key, content)."""
+        """A writer asks; `messages` are (key, content).
+
+        Args:
+            writer: who.
+            session: where.
+            messages: what.
+            expected_seq: as asked.
+            again: the outcome of these keys was given up as unknown; order among the writer's others is promised no
+                more.
+        """
         made = Invocation(
             writer,
             session,
@@ -129,6 +152,7 @@ class History:
             tuple(canonical(content) for _, content in messages),
             expected_seq,
             self._tick(),
+            again=again,
         )
         self.invocations.append(made)
         return made
@@ -165,6 +189,8 @@ class History:
     def gap(self, stream: Stream, from_seq: int, next_seq: int) -> None:
         """A reader was told that messages are missing."""
         stream.gaps += 1
+        if not self.gaps_allowed:
+            self._say("gap", stream.session, f"{stream.reader} was told a gap {from_seq}..{next_seq}")
         if from_seq != stream.cursor + 1 or next_seq <= from_seq:
             text = f"{stream.reader} was told a gap {from_seq}..{next_seq} after {stream.cursor}"
             self._say("stream", stream.session, text)
@@ -182,6 +208,14 @@ class History:
         elif count:
             self._say("answers", "", f"{socket}: ref {ref} was answered twice")
         self._asked[socket, ref] = (count or 0) + 1
+
+    def excuse(self, socket: str, ref: str) -> None:
+        """The run ended before the answer was due."""
+        self._asked.pop((socket, ref), None)
+
+    def broken(self, kind: Kind, session: str, text: str) -> None:
+        """Somebody who watches saw a broken promise."""
+        self._say(kind, session, text)
 
     def socket_lost(self, socket: str) -> None:
         """The socket ended: what was not answered on it never can be."""
@@ -211,8 +245,9 @@ class History:
             log = {entry.seq: entry for entry in self._final[session]}
             self._judge_log(session, log)
             self._judge_contents(session, log, by_session[session])
+            present = {self._key_of(entry.content) for entry in log.values()}
             for invocation in by_session[session]:
-                self._judge_invocation(invocation, log)
+                self._judge_invocation(invocation, log, present)
             self._judge_keys(session, by_session[session])
             self._judge_order(session, by_session[session])
             self._judge_real_time(session, by_session[session])
@@ -231,9 +266,15 @@ class History:
             if entry.seq != expected:
                 self._say("hole", session, f"seq {entry.seq} where {expected} should be")
             expected = entry.seq + 1
+        if gaps and not self.gaps_allowed:
+            self._say("gap", session, f"the replay from 0 has gaps {self._final_gaps[session]}")
         for (name, seq), entry in self._delivered.items():
-            if name == session and log.get(seq) != entry:
+            if name == session and log.get(seq) != entry and not self._in_gap(session, seq):
                 self._say("changed", session, f"a reader got {entry}, the log has {log.get(seq)}")
+
+    def _in_gap(self, session: str, seq: int) -> bool:
+        """Whether the log said itself that this seq is gone."""
+        return any(first <= seq < after for first, after in self._final_gaps[session])
 
     def _judge_contents(self, session: str, log: dict[int, Entry], invocations: list[Invocation]) -> None:
         """Each message was sent by somebody, once, and not refused."""
@@ -256,11 +297,13 @@ class History:
             elif outcomes[key] == {"rejected"}:
                 self._say("phantom", session, f"seq {seq} has key {key} that was refused for good")
 
-    def _judge_invocation(self, invocation: Invocation, log: dict[int, Entry]) -> None:
+    def _judge_invocation(self, invocation: Invocation, log: dict[int, Entry], present: set[str]) -> None:
         session = invocation.session
         if invocation.outcome == "acked":
             for ack, content in zip(invocation.acks, invocation.contents, strict=False):
                 entry = log.get(ack.seq)
+                if entry is None and self._in_gap(session, ack.seq):
+                    continue
                 if entry is None or self._key_of(entry.content) != self._key_of(content):
                     self._say("lost", session, f"acknowledged at {ack.seq}: {content}; there stands {entry}")
                 elif (entry.id, entry.content) != (ack.id, content):
@@ -271,8 +314,7 @@ class History:
             expected = invocation.expected_seq
             if expected is not None and seqs and not invocation.acks[0].deduped and seqs[0] != expected + 1:
                 self._say("expected", session, f"expected_seq {expected} was given seq {seqs[0]}")
-        if len(invocation.keys) > 1:
-            present = {self._key_of(entry.content) for entry in log.values()}
+        if len(invocation.keys) > 1 and not self._final_gaps[session]:
             count = sum(key in present for key in invocation.keys)
             if count not in {0, len(invocation.keys)}:
                 self._say("torn", session, f"{count} of {len(invocation.keys)} messages of a batch are there")
@@ -290,6 +332,7 @@ class History:
         """A writer's acknowledged appends stand in the order in which it first asked for each key."""
         last: dict[str, tuple[int, str]] = {}
         asked: set[tuple[str, str]] = set()
+        given_up = {key for invocation in invocations if invocation.again for key in invocation.keys}
         acked = {
             key: ack.seq
             for invocation in invocations
@@ -297,7 +340,7 @@ class History:
         }
         for invocation in invocations:
             for key in invocation.keys:
-                if key not in acked or (invocation.writer, key) in asked:
+                if key not in acked or key in given_up or (invocation.writer, key) in asked:
                     continue
                 asked.add((invocation.writer, key))
                 before = last.get(invocation.writer)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlm_shard.keys import EVICTED_MARKS_MAX, KEY_AGE_S_MIN, KeyWindow, KnownKey
+from fleetlm_shard.rebuild import LogTime
 
 HASH = bytes(16)
 IDENT = "0190c1c2-0000-7000-8000-000000000000"
@@ -75,15 +76,32 @@ def test_from_pos_is_the_position_of_the_oldest_key() -> None:
 def test_restore_keeps_the_newest_use_of_a_key() -> None:
     """A key that was evicted and used again stands for its second message; its age is that of the second."""
     window = KeyWindow(window_s=900, soft_max=10, hard_max=10)
-    window.restore("s", "k", KnownKey(1, 1, HASH, IDENT), pos=0, age_s=800.0, now_s=1000.0)
-    window.restore("s", "k", KnownKey(9, 2, HASH, IDENT), pos=50, age_s=100.0, now_s=1000.0)
-    window.restore("s", "old", KnownKey(1, 1, HASH, IDENT), pos=60, age_s=901.0, now_s=1000.0)
+    window.restore("s", "k", KnownKey(1, 1, HASH, IDENT), pos=0, at_s=0.0)
+    window.restore("s", "k", KnownKey(9, 2, HASH, IDENT), pos=50, at_s=700.0)
+    window.restored(log_s=800.0, now_s=1000.0)
     assert len(window) == 1
     evict_all(window, 1200.0)
     found = window.get("s", "k")
     assert found is not None
     assert found.seq == 9
     evict_all(window, 1900.0)
+    assert len(window) == 0
+
+
+def test_clocks_that_are_set_forget_no_key_at_boot() -> None:
+    """Ages at boot are the log's own: a step of the wall clock counts a little, one back nothing."""
+    log_time = LogTime()
+    assert [log_time.at(int(at_s * 1e6)) for at_s in (5000, 5001.5, 8600, 3, 4)] == [0.0, 1.5, 11.5, 11.5, 12.5]
+    window = KeyWindow(window_s=30, soft_max=10, hard_max=10)
+    log_time = LogTime()
+    for number, at_s in enumerate((100, 101, 3700, 7300)):
+        name = f"k{number}"
+        window.restore("s", name, KnownKey(1, 1, HASH, IDENT), pos=number, at_s=log_time.at(int(at_s * 1e6)))
+    window.restored(log_s=log_time.now_s, now_s=50_000.0)
+    evict_all(window, 50_000.0)
+    assert window.get("s", "k0") is not None
+    assert window.from_pos(9) == 0
+    evict_all(window, 50_031.0)
     assert len(window) == 0
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,11 @@ from fleetlm_common.filecontrol import from_url
 from fleetlm_common.logs import StreamLogger
 from fleetlm_shard.config import PREFIX, ShardConfig
 from fleetlm_shard.disk import FOLDER_MODE, OsDisk
+from fleetlm_shard.lanes import thread_lanes
 from fleetlm_shard.process import EXIT_FAILED, Outside, ShardProcess
 
+READERS: Final = 2
+"""Threads that read messages back."""
 GC_THRESHOLD: Final = 50_000
 """Objects between two collections of the youngest generation: some thousand appends, which leave no cycles."""
 
@@ -34,6 +38,8 @@ async def _run(config: ShardConfig, secret: bytes) -> int:
         secret=secret,
         new_volume_id=os.urandom(16).hex(),
         boot_id=os.urandom(8).hex(),
+        lanes=partial(thread_lanes, readers=READERS),
+        exit_now=os._exit,
     )
     return await ShardProcess(config, outside).run()
 

@@ -116,19 +116,14 @@ class KeyWindow:
             marks.append(_Mark(at_s, pos, 1))
             self.evict(at_s)
 
-    def restore(self, session: str, key: str, known: KnownKey, *, pos: int, age_s: float, now_s: float) -> None:
-        """Boot read this message from the log, `age_s` after it was inserted.
+    def restore(self, session: str, key: str, known: KnownKey, *, pos: int, at_s: float) -> None:
+        """Boot read this message from the log, whose own time was `at_s` then; `restored` ends it.
 
         A key that occurs again (its first use had left the window) replaces the older one.
         """
-        if age_s > self._window_s:
-            return
         name = (session, key)
         if self._known.pop(name, None) is not None:
             self._shadowed[name] = self._shadowed.get(name, 0) + 1
-        at_s = now_s - max(0.0, age_s)
-        if self._marks:
-            at_s = max(at_s, self._marks[-1].at_s)
         self.add(
             session,
             key,
@@ -139,6 +134,11 @@ class KeyWindow:
             pos=pos,
             at_s=at_s,
         )
+
+    def restored(self, *, log_s: float, now_s: float) -> None:
+        """All of the log was read: its time `log_s` is the monotonic time `now_s`."""
+        for mark in self._marks:
+            mark.at_s += now_s - log_s
 
     def evict(self, now_s: float) -> int:
         """Drop what is too old, and what is too many and old enough; returns how many went."""

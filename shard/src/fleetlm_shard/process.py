@@ -19,7 +19,7 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from prometheus_client import CollectorRegistry
 
@@ -30,7 +30,6 @@ from fleetlm_common.ops import Health, OpsServer
 from fleetlm_shard import admin
 from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
 from fleetlm_shard.config import PREFIX
-from fleetlm_shard.lanes import thread_lanes
 from fleetlm_shard.log_types import LogError, LogUnreadable
 from fleetlm_shard.metrics import Histograms, ShardCollector
 from fleetlm_shard.server import Credentials
@@ -38,7 +37,7 @@ from fleetlm_shard.shard import Shard, World
 from fleetlm_shard.volume_types import Fenced, ForeignVolume, VolumeUnreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from fleetlm_common.clock import Clock
     from fleetlm_common.control import ControlPlane
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from fleetlm_common.ring import RingMap
     from fleetlm_shard.config import ShardConfig
     from fleetlm_shard.disk import Disk
+    from fleetlm_shard.lanes import Lanes
     from fleetlm_shard.volume import Volume
 
 EXIT_FENCED: Final = 70
@@ -58,8 +58,6 @@ ANNOUNCE_S: Final = 0.2
 """How often it is looked whether there is something new to announce: where we are, whether we are ready."""
 FLUSH_S: Final = 0.5
 """For answers on their way out of a process that ends."""
-READERS: Final = 2
-"""Threads that read messages back."""
 
 Ending = Literal["signal", "asked", "failed"]
 
@@ -76,6 +74,10 @@ class Outside:
     secret: bytes
     new_volume_id: str
     boot_id: str
+    lanes: Callable[[asyncio.AbstractEventLoop], Lanes]
+    """Makes the log's threads."""
+    exit_now: Callable[[int], NoReturn]
+    """Ends the process before another line of it runs (`os._exit`)."""
 
 
 class ShardProcess:
@@ -141,7 +143,7 @@ class ShardProcess:
         self._events.event("ended", status=status)
         if ending == "failed":
             # A thread may hang in the disk that failed: nobody waits for it.
-            os._exit(status)
+            self._outside.exit_now(status)
         return status
 
     def health(self) -> Health:
@@ -206,7 +208,7 @@ class ShardProcess:
                 clock=outside.clock,
                 entropy=outside.entropy,
                 control=outside.control,
-                lanes=thread_lanes(self._loop, readers=READERS),
+                lanes=outside.lanes(self._loop),
                 sleep=asyncio.sleep,
                 events=outside.events,
                 store_map=store_map,
@@ -272,7 +274,7 @@ class ShardProcess:
         self._events.event("failed", level="error", part=part, error=repr(error), cause=repr(error.__cause__))
         if isinstance(error, Fenced) or isinstance(error.__cause__, Fenced):
             # Not even what is queued on connections may go out: it could be an answer that is not ours any more.
-            os._exit(EXIT_FENCED)
+            self._outside.exit_now(EXIT_FENCED)
         self._end("failed")
 
     async def _finish(self, ending: Ending) -> int:

@@ -7,7 +7,7 @@ when the log's last record became durable. Must not be done here: reading files 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fleetlm_common.ids import Epoch, Slot
 from fleetlm_shard.keys import KnownKey
@@ -21,12 +21,38 @@ if TYPE_CHECKING:
     from fleetlm_shard.sessions import Sessions
 
 
+STEP_COUNTED_S: Final = 10.0
+"""Most that the time between two records adds to the age of keys: with a window of 15 minutes a clock can be set 88
+times before a young key goes. An idle log's keys age slower for it; the bounds on their number hold all the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
     """What `rebuild` found, beside what it put into sessions and keys."""
 
     opened: dict[Slot, Epoch]
     records: int
+
+
+class LogTime:
+    """Time as the log itself tells it, from 0 at the first record that was read: it cannot be set.
+
+    Wall clocks are set, on the machine that wrote and on the one that reads. Were a key as old as they say, a step
+    would forget keys whose retries are still on their way, and each retry would be a second message. So steps back
+    count as nothing, long ones as `STEP_COUNTED_S`, and what passed since the last record as nothing: a key may be
+    known for longer than the window, never for much less.
+    """
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._last_us: int | None = None
+
+    def at(self, inserted_at_us: int) -> float:
+        """The time of the next record."""
+        if self._last_us is not None:
+            self.now_s += min(max(0.0, (inserted_at_us - self._last_us) / 1e6), STEP_COUNTED_S)
+        self._last_us = inserted_at_us
+        return self.now_s
 
 
 def rebuild(boot: LogBoot, *, sessions: Sessions, keys: KeyWindow, clock: Clock) -> Rebuilt:
@@ -38,16 +64,16 @@ def rebuild(boot: LogBoot, *, sessions: Sessions, keys: KeyWindow, clock: Clock)
     checkpoint = boot.checkpoint
     covered_pos = 0 if checkpoint is None else checkpoint.pos
     opened = {} if checkpoint is None else {Slot(slot): Epoch(epoch) for slot, epoch in checkpoint.opened.items()}
-    now_s, now_us = clock.monotonic_s(), clock.now_us()
+    log_time = LogTime()
     records = 0
     for pos, record in boot.replay():
         records += 1
         if isinstance(record, Message):
             known = KnownKey(record.seq, record.inserted_at_us, record.content_hash, message_id(record.json))
-            age_s = (now_us - record.inserted_at_us) / 1e6
-            keys.restore(record.session, record.key, known, pos=pos, age_s=age_s, now_s=now_s)
+            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))
         if pos >= covered_pos:
             _apply(record, pos, sessions=sessions, opened=opened)
+    keys.restored(log_s=log_time.now_s, now_s=clock.monotonic_s())
     sessions.replayed()
     return Rebuilt(opened, records)
 

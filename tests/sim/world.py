@@ -1,0 +1,249 @@
+"""One run: a world is made of a seed, lives through its faults, is healed, read to its end, and judged.
+
+    make ─► faults and load ─► faults end ─► load ends, everything must settle ─► read from 0 ─► judge
+
+Promise: `run_seed(n)` is a function of `n` and the code. Must not be done here: faults (`nemesis.py`), rules of the
+judgement (`support/history.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fleetlm_client.events import CaughtUp, Gap, Message
+from fleetlm_common.control import RingSpec
+from fleetlm_common.errors import FleetError
+from tests.sim.client import SimClient
+from tests.sim.control import Weather
+from tests.sim.loop import SimLoop, SimProcess, Stuck
+from tests.sim.nemesis import Nemesis
+from tests.sim.network import Network
+from tests.sim.nodes import ControllerNode, GatewayNode, Node, ShardNode
+from tests.sim.trace import Trace
+from tests.sim.workload import SETTINGS, ClientNode
+from tests.support.history import Entry, History, Violation, canonical
+from tests.support.memorycontrol import MemoryControlPlane
+
+HEAL_S = 90.0
+"""Simulated seconds after the faults in which everything must settle: the SDK's own deadline is 20 s, a takeover of a
+silent owner's volume 10 s, a half-open connection is noticed after at most 60 s."""
+BRINGUP_S = 30.0
+SLOTS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave."""
+
+    seed: int
+    violations: list[Violation]
+    digest: str
+    faults: list[str]
+    figures: dict[str, int]
+    trace: Trace
+
+
+class World:
+    """Everything of one run.
+
+    Args:
+        seed: where all chance comes from.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.trace = Trace()
+        self.loop = SimLoop(self.trace)
+        self.trace.now = self.loop.time
+        self.context = contextvars.copy_context()
+        self.network = Network(self.loop, random.Random(self.rng.getrandbits(64)), self.trace)
+        self.processes: list[SimProcess] = []
+        rng = self.rng
+        shards = rng.choice((1, 2, 2, 3))
+        self.control = MemoryControlPlane(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards))
+        self.weather = Weather(random.Random(rng.getrandbits(64)))
+        self.sessions = [f"session-{number}" for number in range(rng.choice((1, 2, 3)))]
+        self.shards = [ShardNode(self, f"shard-{number}") for number in range(shards)]
+        self.gateways = [GatewayNode(self, f"gateway-{n}", 4000 + n) for n in range(rng.choice((1, 2, 2)))]
+        self.controllers = [ControllerNode(self, f"controller-{n}") for n in range(rng.choice((1, 2)))]
+        self.clients = [
+            ClientNode(self, f"client-{n}", rng.sample(self.sessions, rng.randrange(1, len(self.sessions) + 1)))
+            for n in range(rng.choice((1, 2, 3)))
+        ]
+        self.nemesis = Nemesis(self)
+        self.history = History(gaps_allowed=self.nemesis.may_lose)
+        self.loop.executor_delay = self.shards[0].drive.delay_s
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All machines."""
+        return [*self.controllers, *self.shards, *self.gateways, *self.clients]
+
+    def later(self, delay_s: float, act: Callable[[], object]) -> None:
+        """The world does something later."""
+        self.loop.call_later(delay_s, act, context=self.context)
+
+    # --- the run
+
+    async def live(self) -> None:
+        """From bring-up to the last read."""
+        for node in [*self.controllers, *self.shards, *self.gateways]:
+            node.start()
+        await self._until(self._serves, BRINGUP_S, "bring-up")
+        for client in self.clients:
+            client.start()
+        await self.nemesis.rage()
+        self.trace.add("world", "heal")
+        self.nemesis.heal()
+        await asyncio.sleep(self.rng.uniform(0.5, 2.0))
+        for client in self.clients:
+            client.writing = False
+        self.trace.add("world", "writing ends")
+        await self._until(self._settled, HEAL_S, "settle")
+        await self._read_all()
+        await self._until(self._readers_converged, HEAL_S, "readers")
+        await asyncio.sleep(15.0)
+        for client in self.clients:
+            if client.client is not None:
+                for watch in client.client.watches:
+                    watch.finish()
+
+    async def _until(self, holds: Callable[[], str], within_s: float, what: str) -> None:
+        """Wait until `holds` has nothing to complain about."""
+        deadline_s = self.loop.time() + within_s
+        while complaint := holds():
+            if self.loop.time() > deadline_s:
+                self.history.broken("unhealed", "", f"{what}: {complaint} (waited {within_s:g} s)")
+                raise Stuck(f"{what}: {complaint}")
+            await asyncio.sleep(0.05)
+
+    def _serves(self) -> str:
+        for gateway in self.gateways:
+            if gateway.parts is None or not gateway.alive:
+                return f"{gateway.name} is down"
+            health = gateway.parts.boundary.ready()
+            if not health.ok or health.message:
+                return f"{gateway.name}: {health.reason} {health.message}"
+        for shard in self.shards:
+            made = shard.shards.get(shard.process.name) if shard.process is not None else None
+            if made is None or not made.health().ok:
+                return f"{shard.name}: {made.health() if made else 'down'}"
+        return ""
+
+    def _settled(self) -> str:
+        for client in self.clients:
+            if client.pending:
+                return f"{client.name} waits for {client.pending[0].invocation.keys}"
+        return self._serves()
+
+    def _readers_converged(self) -> str:
+        for client in self.clients:
+            for session, place in client.places.items():
+                log = self.history.log(session)
+                last = log[-1].seq if log else 0
+                if place.cursor < last:
+                    return f"{client.name} is at {place.cursor} of {last} in {session}"
+        return ""
+
+    async def _read_all(self) -> None:
+        """A reader who was never there before reads every session from its beginning."""
+        process = SimProcess(self.loop, "auditor/1")
+        self.processes.append(process)
+        client = SimClient(
+            "auditor",
+            ports=[gateway.port for gateway in self.gateways],
+            settings=SETTINGS,
+            entropy=random.Random(self.rng.getrandbits(64)),
+            clock=self.clients[0].clock,
+            history=self.history,
+            life=1,
+        )
+        process.spawn(client.run(), name="auditor")
+
+        async def audit() -> None:
+            for name in self.sessions:
+                entries, gaps = await _read_session(client, name)
+                self.history.final(name, entries, gaps=gaps)
+
+        task = process.spawn(audit(), name="audit")
+        await asyncio.wait({task}, timeout=HEAL_S)
+        if not task.done():
+            self.history.broken("unhealed", "", "the last read does not end")
+            raise Stuck("the last read does not end")
+        task.result()
+        for watch in client.watches:
+            watch.finish()
+            watch.lost()
+        process.kill()
+
+
+async def _read_session(client: SimClient, name: str) -> tuple[list[Entry], list[tuple[int, int]]]:
+    entries: list[Entry] = []
+    gaps: list[tuple[int, int]] = []
+    while True:
+        session = client.join(name, cursor=0)
+        try:
+            await session.__aenter__()
+            break
+        except FleetError:
+            await asyncio.sleep(0.2)
+    async for event in session:
+        if isinstance(event, Message):
+            entries.append(Entry(event.seq, event.id, canonical(event.content)))
+        elif isinstance(event, Gap):
+            gaps.append((event.from_seq, event.next_seq))
+        elif isinstance(event, CaughtUp):
+            break
+    session.close()
+    return entries, gaps
+
+
+def run_seed(seed: int) -> Outcome:
+    """Live through one seed and judge it."""
+    collecting = gc.isenabled()
+    gc.disable()
+    unraisable, sys.unraisablehook = sys.unraisablehook, _nothing
+    world = World(seed)
+    loop = world.loop
+    asyncio.set_event_loop(None)
+    try:
+        main = loop.create_task(world.live())
+        try:
+            loop.run_until_complete(main)
+        except Stuck as error:
+            world.trace.add("world", "stuck", str(error))
+            if not world.history.found:
+                world.history.broken("unhealed", "", str(error))
+        faults = list(loop.faults)
+        violations = world.history.judge() if not _is_unhealed(world) else world.history.found
+        figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
+        return Outcome(seed, violations, world.trace.digest(), faults, figures, world.trace)
+    finally:
+        world.trace.over = True
+        for process in world.processes:
+            process.kill()
+        # Nobody tells asyncio that these tasks were killed on purpose.
+        for task in loop.graveyard:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.graveyard.clear()
+        loop.close()
+        del world, loop
+        gc.collect()
+        sys.unraisablehook = unraisable
+        if collecting:
+            gc.enable()
+
+
+def _is_unhealed(world: World) -> bool:
+    return any(each.kind == "unhealed" for each in world.history.found)
+
+
+def _nothing(_: object) -> None:
+    """What coroutines of dead processes say when they are collected is no news."""
