@@ -38,6 +38,11 @@ class MemoryControlPlane:
         self._wake()
 
     @property
+    def trouble(self) -> str | None:
+        """See `ControlPlane.trouble`."""
+        return "the control plane in memory is away" if self._away else None
+
+    @property
     def view(self) -> View:
         """What is there, also while the control plane is away (for assertions)."""
         return self._view
@@ -86,6 +91,9 @@ class MemoryControlPlane:
         """See `ControlPlane.report`."""
         self._answer()
         self.sentences.append(sentence)
+
+    async def close(self) -> None:
+        """See `ControlPlane.close`."""
 
     def _answer(self) -> None:
         if self._away:

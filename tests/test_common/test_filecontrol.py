@@ -12,47 +12,32 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from fleetlm_common import filecontrol
-from fleetlm_common.config import ConfigError
 from fleetlm_common.control import (
     ControlPlane,
     ControlPlaneUnavailable,
     MapConflict,
     RingSpec,
-    ShardEndpoint,
     View,
 )
-from fleetlm_common.filecontrol import FileControlPlane, create_ring, from_url, read_status
-from fleetlm_common.ids import Epoch, ShardName, Term
-from fleetlm_common.ring import Member, RingMap, encode, ranges_from
+from fleetlm_common.filecontrol import FileControlPlane, create_ring, read_status
+from fleetlm_common.ids import Epoch, ShardName
+from fleetlm_common.ring import encode
 from tests.support.memorycontrol import MemoryControlPlane
+from tests.support.planecontract import NAMES, SPEC, PlaneContract, endpoint, following, ring_map
 
-SPEC = RingSpec(uid="ring-1", slots=8, shards=2)
-NAMES = (ShardName("shard-0"), ShardName("shard-1"))
 SWAPPER = """
 import asyncio, sys
 from pathlib import Path
 from tests.test_common.test_filecontrol import swap_again_and_again
 asyncio.run(swap_again_and_again(Path(sys.argv[1]), times=int(sys.argv[2])))
 """
-
-
-def ring_map(epoch: int, *, uid: str = SPEC.uid, slots: int = SPEC.slots) -> RingMap:
-    """A map whose content tells its epoch apart: the first slots belong to shard-0."""
-    owners = [(NAMES[slot >= epoch % slots], Epoch(1)) for slot in range(slots)]
-    members = tuple(Member(name, f"volume of {name}") for name in NAMES)
-    return RingMap(uid=uid, slots=slots, epoch=Epoch(epoch), members=members, ranges=ranges_from(owners))
-
-
-def endpoint(term: int, *, port: int = 1, ready: bool = False) -> ShardEndpoint:
-    """What shard-0 announces."""
-    return ShardEndpoint(NAMES[0], "volume", Term(term), "127.0.0.1", port, "http://127.0.0.1:2", ready)
 
 
 async def swap_again_and_again(folder: Path, *, times: int) -> None:
@@ -78,12 +63,6 @@ def swapper(folder: Path, *, times: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
 
 
-async def following(views: AsyncIterator[View]) -> View:
-    """The next view of a watch."""
-    async with asyncio.timeout(10):
-        return await anext(views)
-
-
 async def silent(views: asyncio.Task[View], looks: int = 5) -> bool:
     """Whether a watch shows nothing for some looks."""
     done, _ = await asyncio.wait({views}, timeout=looks * 0.01)
@@ -102,49 +81,12 @@ def plane(folder: Path) -> FileControlPlane:
     return FileControlPlane(folder, poll_interval_s=0.01)
 
 
-@pytest.fixture(params=["files", "memory"])
-def any_plane(request: pytest.FixtureRequest, folder: Path) -> ControlPlane:
-    """Both implementations: what holds for one holds for the other."""
-    return FileControlPlane(folder, poll_interval_s=0.01) if request.param == "files" else MemoryControlPlane(SPEC)
+class TestContract(PlaneContract):
+    """What holds of every control plane holds of files, and of the one in memory that other tests use."""
 
-
-async def test_a_new_ring_has_no_map(any_plane: ControlPlane) -> None:
-    """The first look shows the spec and nothing else."""
-    assert await any_plane.read() == View(SPEC, None, {})
-
-
-async def test_a_swap_needs_the_epoch_that_is_there(any_plane: ControlPlane) -> None:
-    """Whoever decided on an older map is told so, and changes nothing."""
-    await any_plane.compare_and_swap(expected=None, new=ring_map(1))
-    with pytest.raises(MapConflict, match="expected epoch None, found 1"):
-        await any_plane.compare_and_swap(expected=None, new=ring_map(1))
-    await any_plane.compare_and_swap(expected=Epoch(1), new=ring_map(2))
-    with pytest.raises(MapConflict):
-        await any_plane.compare_and_swap(expected=Epoch(1), new=ring_map(2))
-    assert (await any_plane.read()).map == ring_map(2)
-
-
-async def test_a_swap_goes_one_epoch_up(any_plane: ControlPlane) -> None:
-    """Skipping or repeating an epoch is a mistake of the caller, and so is another ring's map."""
-    for wrong in (ring_map(2), ring_map(1, uid="other"), ring_map(1, slots=9)):
-        with pytest.raises(ValueError, match=r"epoch|ring"):
-            await any_plane.compare_and_swap(expected=None, new=wrong)
-    assert (await any_plane.read()).map is None
-
-
-async def test_a_later_term_replaces_an_earlier_announcement(any_plane: ControlPlane) -> None:
-    """A frozen process that continues does not hide the one that took its volume; the same boot may change its word."""
-    for said in (endpoint(2), endpoint(1, port=99), endpoint(2, ready=True)):
-        await any_plane.announce(said)
-    assert (await any_plane.read()).shards == {NAMES[0]: endpoint(2, ready=True)}
-
-
-async def test_terms_of_two_volumes_are_not_compared(any_plane: ControlPlane) -> None:
-    """A shard with another volume is heard whatever its term: the controller must learn of it."""
-    await any_plane.announce(endpoint(5))
-    other = msgspec.structs.replace(endpoint(1), volume_id="another")
-    await any_plane.announce(other)
-    assert (await any_plane.read()).shards == {NAMES[0]: other}
+    @pytest.fixture(params=["files", "memory"])
+    def plane(self, request: pytest.FixtureRequest, folder: Path) -> ControlPlane:
+        return FileControlPlane(folder, poll_interval_s=0.01) if request.param == "files" else MemoryControlPlane(SPEC)
 
 
 async def test_an_elder_does_not_overwrite_an_announcement(folder: Path) -> None:
@@ -152,16 +94,6 @@ async def test_an_elder_does_not_overwrite_an_announcement(folder: Path) -> None
     await FileControlPlane(folder).announce(endpoint(2))
     await FileControlPlane(folder).announce(endpoint(1, port=99))
     assert (await FileControlPlane(folder).read()).shards == {NAMES[0]: endpoint(2)}
-
-
-async def test_a_watch_shows_the_view_now_and_then_each_change(any_plane: ControlPlane) -> None:
-    """Watchers get the present first, then news only."""
-    views = any_plane.watch()
-    assert await following(views) == View(SPEC, None, {})
-    await any_plane.announce(endpoint(1))
-    assert (await following(views)).shards == {NAMES[0]: endpoint(1)}
-    await any_plane.compare_and_swap(expected=None, new=ring_map(1))
-    assert (await following(views)).map == ring_map(1)
 
 
 def test_racing_controllers_lose_no_swap(folder: Path) -> None:
@@ -390,14 +322,6 @@ async def test_a_shards_name_is_no_path(plane: FileControlPlane, name: str) -> N
     """A name that could leave the folder, or that no pod could have, is refused."""
     with pytest.raises(ValueError, match="not a shard's name"):
         await plane.announce(msgspec.structs.replace(endpoint(1), name=ShardName(name)))
-
-
-def test_an_address_names_an_absolute_folder(tmp_path: Path) -> None:
-    """`file:/folder` and nothing else; the refusal names the variable."""
-    assert from_url(f"file:{tmp_path}", variable="X_CONTROL").folder == tmp_path
-    for wrong in ("", str(tmp_path), "file:relative", "file://host/folder", "http://x", "file"):
-        with pytest.raises(ConfigError, match="X_CONTROL"):
-            from_url(wrong, variable="X_CONTROL")
 
 
 async def test_a_control_plane_in_memory_can_be_away() -> None:

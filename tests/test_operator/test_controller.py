@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fleetlm_common.control import ControlPlane, View
+from fleetlm_common.control import ControllerPlane, View
 from fleetlm_common.ids import Epoch
 from fleetlm_common.logs import Level, Value
 from fleetlm_common.ring import RingMap
@@ -52,7 +52,7 @@ class StillClock:
 class Rig:
     """A controller with everything that it is given."""
 
-    def __init__(self, control: ControlPlane) -> None:
+    def __init__(self, control: ControllerPlane) -> None:
         self.registry = CollectorRegistry()
         self.log = Log()
         self.clock = StillClock()

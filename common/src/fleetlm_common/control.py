@@ -1,4 +1,4 @@
-"""The control plane as shards, gateways and controllers see it: one small interface, files now, Kubernetes next.
+"""The control plane as shards, gateways and controllers see it: one small interface, over files and over Kubernetes.
 
 Promise: the ring map changes only by compare-and-swap on its epoch; `watch` never shows an epoch lower than one it has
 shown; when the control plane is away nothing raises in a watcher: the last good copy stays, only changes wait.
@@ -97,6 +97,19 @@ class ControlPlane(Protocol):
             ControlPlaneUnavailable: the outcome is unknown; read again.
         """
         ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why a watcher's last look failed, for people who ask why there is no map yet; None when it went well."""
+        ...
+
+    async def close(self) -> None:
+        """Give back connections; nothing else may be called any more."""
+        ...
+
+
+class ControllerPlane(ControlPlane, Protocol):
+    """What a controller without an operator around it needs besides (the operator writes a status of its own)."""
 
     async def report(self, sentence: str) -> None:
         """Leave the controller's one sentence of what it did where people look (status)."""

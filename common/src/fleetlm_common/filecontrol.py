@@ -32,7 +32,6 @@ import msgspec
 
 from fleetlm_common import ring
 from fleetlm_common.clock import Clock, SystemClock, iso_utc
-from fleetlm_common.config import ConfigError
 from fleetlm_common.control import (
     ControlPlaneUnavailable,
     MapConflict,
@@ -70,18 +69,6 @@ class Status(msgspec.Struct, frozen=True):
 
     sentence: str
     at: str
-
-
-def from_url(value: str, *, variable: str) -> FileControlPlane:
-    """The control plane that a setting names: `file:/absolute/folder`.
-
-    Raises:
-        ConfigError: another scheme, or a relative path; names the variable.
-    """
-    scheme, _, path = value.partition(":")
-    if scheme != "file" or not path.startswith("/") or path.startswith("//"):
-        raise ConfigError(f"{variable}: {value!r} must be file:/absolute/folder")
-    return FileControlPlane(Path(path))
 
 
 def create_ring(folder: Path, spec: RingSpec) -> RingSpec:
@@ -134,11 +121,17 @@ class FileControlPlane:
         self._poll_interval_s = poll_interval_s
         self._seen = _Seen()
         self._one_look = asyncio.Lock()
+        self._trouble: str | None = None
 
     @property
     def folder(self) -> Path:
         """Where the files are."""
         return self._folder
+
+    @property
+    def trouble(self) -> str | None:
+        """See `ControlPlane.trouble`."""
+        return self._trouble
 
     async def read(self) -> View:
         """What the files say now; see `ControlPlane.read`. An announcement that cannot be read is no news."""
@@ -156,8 +149,12 @@ class FileControlPlane:
         """The view now, then each newer one; see `ControlPlane.watch`. What cannot be read is no news."""
         shown: View | None = None
         while True:
-            with suppress(ControlPlaneUnavailable):
+            try:
                 view = await self.read()
+            except ControlPlaneUnavailable as error:
+                self._trouble = str(error)
+            else:
+                self._trouble = None
                 if view != shown:
                     shown = view
                     yield view
@@ -179,6 +176,9 @@ class FileControlPlane:
         """Replace `status.json`."""
         status = Status(sentence, iso_utc(self._clock.now_us()))
         await self._change(lambda: _replace(self._folder / STATUS_FILE, msgspec.json.encode(status)))
+
+    async def close(self) -> None:
+        """Nothing is held between calls."""
 
     async def _change(self, change: Callable[[], None]) -> None:
         """Run `change` in a thread, under the folder's lock."""

@@ -34,6 +34,8 @@ WATCH_S: Final = 240
 """The server ends a watch after so long; the caller goes on from the last version."""
 SILENCE_S: Final = 90.0
 """Bookmarks come each minute: a watch that is silent for longer hangs on a dead connection."""
+ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A list of some thousand objects; more means that a selector is missing."""
 EVENT_BYTES_MAX: Final = 4 * 1024 * 1024
 """One object of a watch; etcd holds none above 1.5 MiB."""
 
@@ -150,15 +152,15 @@ class KubeApi:
         except ApiNotFound:
             return None
 
-    async def list(self, resource: Resource, namespace: str | None, *, labels: str = "") -> Listing:
-        """A quorum read of all objects with these labels."""
-        query = {"labelSelector": labels} if labels else {}
+    async def list(self, resource: Resource, namespace: str | None, *, labels: str = "", fields: str = "") -> Listing:
+        """A quorum read of all objects with these labels and fields."""
+        query = _selectors(labels, fields)
         found = await self._ask("GET", resource.path(namespace), query=query)
         # A list's items leave out what they are; who compares them with what was asked for needs it.
         kind = {"apiVersion": resource.api, "kind": resource.kind}
         return Listing([{**kind, **item} for item in found["items"]], found["metadata"]["resourceVersion"])
 
-    async def create(self, resource: Resource, namespace: str, body: Object) -> Object:
+    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
         """Make an object that is not there yet."""
         return await self._ask("POST", resource.path(namespace), body=body)
 
@@ -168,7 +170,7 @@ class KubeApi:
         return await self._ask("PUT", path, body=body)
 
     async def apply(
-        self, resource: Resource, namespace: str, body: Object, *, manager: str, subresource: str = ""
+        self, resource: Resource, namespace: str | None, body: Object, *, manager: str, subresource: str = ""
     ) -> Object:
         """Server-side apply: this manager's fields become as in `body`, everybody else's stay."""
         path = resource.path(namespace, body["metadata"]["name"], subresource)
@@ -204,8 +206,7 @@ class KubeApi:
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
             "timeoutSeconds": str(WATCH_S),
-            **({"labelSelector": labels} if labels else {}),
-            **({"fieldSelector": fields} if fields else {}),
+            **_selectors(labels, fields),
         }
         limits = aiohttp.ClientTimeout(sock_connect=REQUEST_S, sock_read=SILENCE_S)
         response = await self._send("GET", resource.path(namespace), query=query, limits=limits)
@@ -215,7 +216,7 @@ class KubeApi:
                 if event["type"] == "ERROR":
                     _complain(event["object"].get("code", 500), msgspec.json.encode(event["object"]))
                 yield Event(event["type"], event["object"])
-        except (TimeoutError, aiohttp.ClientError) as error:
+        except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError) as error:
             raise ApiUnavailable(f"the watch of {resource.plural} broke: {error!r}") from error
         finally:
             response.close()
@@ -232,7 +233,7 @@ class KubeApi:
         limits = aiohttp.ClientTimeout(total=REQUEST_S)
         response = await self._send(method, path, query=query, body=body, content=content, limits=limits)
         try:
-            found: Object = msgspec.json.decode(await response.read())
+            found: Object = msgspec.json.decode(await _body(response))
         except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError) as error:
             raise ApiUnavailable(f"{method} {path}: {error!r}") from error
         return found
@@ -258,10 +259,27 @@ class KubeApi:
             )
             response: aiohttp.ClientResponse = answer.response
             if response.status >= 400:
-                _complain(response.status, await response.read())
+                _complain(response.status, await _body(response))
         except (TimeoutError, aiohttp.ClientError, OSError, ApiException, kube_config.ConfigException) as error:
             raise ApiUnavailable(f"{method} {path}: {error!r}") from error
         return response
+
+
+def _selectors(labels: str, fields: str) -> dict[str, str]:
+    """As query parameters."""
+    found = {"labelSelector": labels, "fieldSelector": fields}
+    return {name: value for name, value in found.items() if value}
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole answer, unless it is larger than any that is asked for."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > ANSWER_BYTES_MAX:
+            response.close()
+            raise ApiUnavailable(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
+    return bytes(body)
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ import uvloop
 
 from fleetlm_common.clock import SystemClock
 from fleetlm_common.config import ConfigError, fail, load, secret_from_file
-from fleetlm_common.filecontrol import from_url
+from fleetlm_common.controlurl import from_url
 from fleetlm_common.logs import StreamLogger
 from fleetlm_gateway.config import GatewayConfig
 from fleetlm_gateway.process import PREFIX, GatewayProcess, Outside
@@ -26,14 +26,21 @@ long is not garbage; cycles are made by connections that end, not by messages.""
 
 async def _run(config: GatewayConfig, credential: bytes) -> int:
     clock = SystemClock()
+    entropy = random.Random(os.urandom(32))
+    control = from_url(
+        config.control, variable=PREFIX + "CONTROL", env=os.environ, entropy=entropy, agent=f"fleetlm-{config.name}"
+    )
     outside = Outside(
-        control=from_url(config.control, variable=PREFIX + "CONTROL"),
+        control=control,
         clock=clock,
-        entropy=random.Random(os.urandom(32)),
+        entropy=entropy,
         log=StreamLogger(config.name, style=config.log_style, level=config.log_level, clock=clock),
         credential=credential,
     )
-    return await GatewayProcess(config, outside).run()
+    try:
+        return await GatewayProcess(config, outside).run()
+    finally:
+        await control.close()
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a gateway may be told. Each field is the variable of its name in upper case."""
 
     control: str
-    """The control plane: `file:/absolute/folder`."""
+    """The control plane: `file:/absolute/folder` or `kubernetes:NAMESPACE/RING`."""
     credential_file: str
     """File with the secret that shards ask gateways for; never the secret itself."""
     name: str = "gateway-0"

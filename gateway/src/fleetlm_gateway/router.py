@@ -105,7 +105,9 @@ class Router:
         if self._watching is None or self._watching.done():
             return Health(ok=False, reason="NotWatching", message="the ring map is not being watched")
         if self._map is None:
-            return Health(ok=False, reason="NoRingMap", message="no ring map has been seen yet")
+            why = self._control.trouble
+            told = "" if why is None else f": {why}"
+            return Health(ok=False, reason="NoRingMap", message=f"no ring map has been seen yet{told}")
         down = sorted(link.shard for link in self._links.values() if not link.ready)
         told = "; ".join(f"{shard}: {self._links[shard].why}" for shard in down)
         if len(down) == len(self._links):

@@ -11,7 +11,7 @@ import asyncio
 from typing import Final
 
 from fleetlm_common.clock import Clock
-from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, MapConflict, View
+from fleetlm_common.control import ControllerPlane, ControlPlaneUnavailable, MapConflict, View
 from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
 from fleetlm_operator.metrics import Metrics
@@ -37,7 +37,7 @@ class Controller:
         clock: for readiness only; nothing is decided by time.
     """
 
-    def __init__(self, control: ControlPlane, *, log: Logger, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, control: ControllerPlane, *, log: Logger, metrics: Metrics, clock: Clock) -> None:
         self._control = control
         self._log = log
         self._metrics = metrics

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from fleetlm_common.clock import SystemClock
-from fleetlm_common.config import host_port
-from fleetlm_common.filecontrol import from_url
+from fleetlm_common.config import ConfigError, host_port
+from fleetlm_common.filecontrol import FileControlPlane
 from fleetlm_common.logs import StreamLogger
 from fleetlm_common.ops import OpsServer
 from fleetlm_operator.config import PREFIX, ControllerConfig
@@ -31,7 +32,9 @@ async def run(config: ControllerConfig) -> None:
     clock = SystemClock()
     log = StreamLogger("controller", style=config.log_style, level=config.log_level, clock=clock)
     registry = CollectorRegistry()
-    control = from_url(config.control, variable=PREFIX + "CONTROL")
+    if not config.control.startswith("file:/"):
+        raise ConfigError(f"{PREFIX}CONTROL: {config.control!r} must be file:/absolute/folder")
+    control = FileControlPlane(Path(config.control.removeprefix("file:")))
     controller = Controller(control, log=log, metrics=Metrics(registry), clock=clock)
     ops = OpsServer(registry=registry, ready=controller.health)
     stop = _stop_event()

@@ -14,7 +14,7 @@ import uvloop
 
 from fleetlm_common.clock import SystemClock
 from fleetlm_common.config import ConfigError, fail, load, secret_from_file
-from fleetlm_common.filecontrol import from_url
+from fleetlm_common.controlurl import from_url
 from fleetlm_common.logs import StreamLogger
 from fleetlm_shard.config import PREFIX, ShardConfig
 from fleetlm_shard.disk import FOLDER_MODE, OsDisk
@@ -29,11 +29,15 @@ GC_THRESHOLD: Final = 50_000
 
 async def _run(config: ShardConfig, secret: bytes) -> int:
     clock = SystemClock()
+    entropy = random.Random(os.urandom(32))
+    control = from_url(
+        config.control, variable=PREFIX + "CONTROL", env=os.environ, entropy=entropy, agent=f"fleetlm-{config.name}"
+    )
     outside = Outside(
         disk=OsDisk(Path(config.data)),
-        control=from_url(config.control, variable=PREFIX + "CONTROL"),
+        control=control,
         clock=clock,
-        entropy=random.Random(os.urandom(32)),
+        entropy=entropy,
         events=StreamLogger(config.name, style=config.log_style, level=config.log_level, clock=clock),
         secret=secret,
         new_volume_id=os.urandom(16).hex(),
@@ -41,7 +45,10 @@ async def _run(config: ShardConfig, secret: bytes) -> int:
         lanes=partial(thread_lanes, readers=READERS),
         exit_now=os._exit,
     )
-    return await ShardProcess(config, outside).run()
+    try:
+        return await ShardProcess(config, outside).run()
+    finally:
+        await control.close()
 
 
 def _make_folder(path: Path) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from fleetlm_common.config import host_port
+from fleetlm_common.controlurl import checked
 from fleetlm_shard.keys import KEY_AGE_S_MIN
 from fleetlm_shard.log_types import LogConfig
 
@@ -34,7 +35,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ops_listen: str
     """host:port for health, metrics and the admin API."""
     control: str
-    """Where the ring map is: `file:/folder`."""
+    """Where the ring map is: `file:/folder` or `kubernetes:NAMESPACE/RING`."""
     credential_file: str
     """File whose content gateways must present; never the secret itself: process lists show environments."""
     advertise_host: str = ""
@@ -86,8 +87,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host_port(self.ops_listen, variable=PREFIX + "OPS_LISTEN")
         if self.keys_max > self.keys_hard_max:
             raise ValueError("KEYS_MAX is greater than KEYS_HARD_MAX")
-        if not self.control.startswith("file:/"):
-            raise ValueError("CONTROL must be file:/absolute/folder")
+        checked(self.control, variable=PREFIX + "CONTROL")
 
     def log_config(self) -> LogConfig:
         """The part that the log asks for."""
