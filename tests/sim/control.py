@@ -40,6 +40,14 @@ class SimControl:
         self._machine = machine
         self._weather = weather
 
+    @property
+    def trouble(self) -> str | None:
+        """See `ControlPlane.trouble`."""
+        return "the control plane does not answer" if self._weather.away.get(self._machine) else None
+
+    async def close(self) -> None:
+        """See `ControlPlane.close`."""
+
     async def _way(self) -> None:
         await asyncio.sleep(0.001 + self._weather.rng.random() * 0.004)
         if self._weather.away.get(self._machine):
