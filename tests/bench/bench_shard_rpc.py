@@ -6,11 +6,7 @@ share the machine's cores. Two shapes: one connection with many requests in flig
 Promise: counts acknowledgements, each of which means that the message is on disk. Must not be used as a correctness
 test.
 
-Where the time of an append goes (2 cores, pipelined, 8 to 10 µs of the loop's thread): frame and msgpack 0.6, ids,
-JSON, hash and record 1.3, key window 0.7, log (checksum, batch, index) 1.3, visible, answer and frame 1.2; the rest is
-Python's calls between them and cache misses. With 64 connections each append costs a recv and a send of its own: 15 µs
-more. Collecting garbage took a third of it all with Python's default thresholds (see `__main__`);
-`sys.setswitchinterval` changed nothing that could be measured.
+Where the time of an append goes stands in docs/perf/optimisations.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from fleetlm_gateway.tallies import Spread, Spreads, Tallies, Tally
+
 _LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -22,6 +24,9 @@ class InnerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"fleetlm_gateway_{name}", text, labels, registry=registry)
+
+        def tallies(name: str, text: str, labels: tuple[str, ...] = ()) -> Tallies:
+            return Tallies(f"fleetlm_gateway_{name}", text, labels, registry=registry)
 
         def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
             return Gauge(f"fleetlm_gateway_{name}", text, labels, registry=registry)
@@ -40,8 +45,10 @@ class InnerMetrics:
         self.link_up = gauge("shard_link_up", "1 while the connection to the shard is ready", ("shard",))
         self.lanes = gauge("append_lanes", "Sessions with an append under way or waiting")
         self.lane_bytes = gauge("append_waiting_bytes", "Bytes of appends under way or waiting")
-        self.appends = counter("appends", "Appends (one may be a batch of messages) by outcome", ("outcome",))
-        self.append_requests = counter("append_requests", "APPEND requests answered; appends / this is the batching")
+        self.appends = tallies("appends", "Appends (one may be a batch of messages) by outcome", ("outcome",))
+        self.append_requests = tallies(
+            "append_requests", "APPEND requests answered; appends / this is the batching"
+        ).labels()
         self.streams = gauge("subscribed_sessions", "Sessions that this gateway is subscribed to")
         self.readers = gauge("readers", "Places of clients in sessions")
         self.readers_behind = gauge("readers_behind", "Readers that are catching up or whose sink is full")
@@ -50,7 +57,7 @@ class InnerMetrics:
             "catch_up_pages", "Pages read for readers that catch up, by outcome", ("outcome",)
         )
         self.tail_bytes = gauge("tail_buffer_bytes", "Bytes of recent messages kept for readers that catch up")
-        self.pushes = counter("pushes", "PUSH frames taken from shards")
+        self.pushes = tallies("pushes", "PUSH frames taken from shards").labels()
 
 
 class OuterMetrics:
@@ -64,6 +71,9 @@ class OuterMetrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"fleetlm_gateway_{name}", text, labels, registry=registry)
 
+        def tallies(name: str, text: str, labels: tuple[str, ...] = ()) -> Tallies:
+            return Tallies(f"fleetlm_gateway_{name}", text, labels, registry=registry)
+
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"fleetlm_gateway_{name}", text, registry=registry)
 
@@ -73,27 +83,27 @@ class OuterMetrics:
         self.sockets_closed = counter("sockets_closed", "WebSockets that ended, by close reason", ("reason",))
         self.sockets_full = gauge("sockets_full", "WebSockets whose write buffer is full")
         self.topics = gauge("topics", "Joined topics")
-        self.frames = counter("frames_received", "WebSocket frames received")
-        self.bytes_received = counter("received_bytes", "Bytes received over WebSockets")
-        self.bytes_sent = counter("sent_bytes", "Bytes sent over WebSockets")
-        self.delivered = counter("messages_delivered", "Messages pushed to joined topics")
+        self.frames = tallies("frames_received", "WebSocket frames received").labels()
+        self.bytes_received = tallies("received_bytes", "Bytes received over WebSockets").labels()
+        self.bytes_sent = tallies("sent_bytes", "Bytes sent over WebSockets").labels()
+        self.delivered = tallies("messages_delivered", "Messages pushed to joined topics").labels()
         self.gaps = counter("gaps", "Gaps pushed to joined topics")
         self.hints_dropped = counter("read_hints_dropped", "Read cursors not pushed because the socket was full")
         self.rate_limited = counter("rate_limited_frames", "Frames refused by the rate limit")
         self.draining = gauge("draining", "1 while this gateway is leaving")
-        self._requests = counter(
+        self._requests = tallies(
             "client_requests", "Requests over WebSockets by event and outcome", ("event", "outcome")
         )
-        self._request_seconds = Histogram(
+        self._request_seconds = Spreads(
             "fleetlm_gateway_client_request_seconds",
             "From a frame's arrival to its answer, by event",
-            ("event",),
-            buckets=_LATENCY_BUCKETS_S,
+            "event",
+            bounds=_LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.http_requests = counter("http_requests", "REST requests by route and status", ("route", "status"))
-        self._children: dict[tuple[str, str], Counter] = {}
-        self._seconds: dict[str, Histogram] = {}
+        self._children: dict[tuple[str, str], Tally] = {}
+        self._seconds: dict[str, Spread] = {}
 
     def answered(self, event: str, outcome: str, seconds: float) -> None:
         """Count a request's answer; `labels` costs more than the rest of it, so children are kept."""
