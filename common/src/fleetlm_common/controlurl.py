@@ -2,7 +2,7 @@
 
 Promise: one reading of the setting for every component. Nothing is asked of the world here: a folder that is not there
 or an API server that does not answer shows when it is used. The client of Kubernetes is imported only where it is used:
-it costs more than a second and 60 MB, and `fleetlm up` starts many processes. Must not be done here: anything else.
+it costs a second of CPU and 26 MiB, and `fleetlm up` starts many processes. Must not be done here: anything else.
 """
 
 from __future__ import annotations
