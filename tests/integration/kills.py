@@ -337,7 +337,7 @@ class Run:
     # --- chaos
 
     async def disturb(self) -> None:
-        """Kill and freeze until the plan is done.
+        """Kill until the plan is done; what is only frozen comes on top.
 
         A process is hit again only once it was ready in between, or once more during its boot: `up` gives up on one
         that dies five times in a row.
@@ -345,7 +345,7 @@ class Run:
         names = self.fleet.names
         returning: dict[str, asyncio.Task[None]] = {}
         try:
-            for _ in range(self.plan.kills):
+            while self.report.killed.total() < self.plan.kills:
                 await asyncio.sleep(self.random.random() * self.plan.pause_s * 2)
                 name = self.random.choice(names)
                 while name in returning and not returning[name].done():

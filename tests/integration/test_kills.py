@@ -11,10 +11,10 @@ from tests.integration.kills import Plan, kill_run
 
 @pytest.mark.timeout(180)
 async def test_nothing_acknowledged_is_lost_whatever_is_killed(tmp_path: Path) -> None:
-    """Twelve SIGKILLs and SIGSTOPs of shards, gateways and controller under load: no violation of any kind."""
-    plan = Plan(kills=14, seed=20261123, pause_s=0.4, sessions=4, writers=4, readers=3)
+    """A dozen SIGKILLs, and SIGSTOPs, of shards, gateways and controller under load: no violation of any kind."""
+    plan = Plan(kills=12, seed=20261123, pause_s=0.4, sessions=4, writers=4, readers=3)
     report = await kill_run(plan, tmp_path)
     assert report.violations == [], report.as_json()
-    assert sum(report.killed.values()) >= 10, report.as_json()
+    assert sum(report.killed.values()) >= 12, report.as_json()
     assert report.figures["acked"] > 100, report.as_json()
     assert report.gaps == 0, report.as_json()

@@ -60,6 +60,8 @@ async def test_a_session_from_creation_to_reading() -> None:
             ("?after=1&limit=1", [2], True),
             ("?before=3", [1, 2], False),
             ("?tail=1", [3], True),
+            ("?tail=2&limit=10", [2, 3], True),
+            ("?tail=3&limit=1", [3], True),
         ):
             status, page, _ = await call(rig, "GET", messages + query)
             assert (status, [one["seq"] for one in page["messages"]], page["has_more"]) == (200, seqs, more)
@@ -71,6 +73,8 @@ async def test_a_session_from_creation_to_reading() -> None:
         assert (await call(rig, "GET", "/v1/sessions?limit=1"))[1]["has_more"] is True
         status, rest, _ = await call(rig, "GET", "/v1/sessions?after=" + quote("a/b %"))
         assert ([one["session_id"] for one in rest["sessions"]], rest["has_more"]) == (["zz"], False)
+        status, whole, _ = await call(rig, "GET", "/v1/sessions?limit=2")
+        assert ([one["session_id"] for one in whole["sessions"]], whole["has_more"]) == (["a/b %", "zz"], False)
 
 
 @on_uvloop

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from fleetlm_common import rpc
-from fleetlm_common.limits import REQUEST_DEADLINE_S
+from fleetlm_common.limits import REPLAY_LIMIT_MAX, REQUEST_DEADLINE_S
 from fleetlm_gateway.exchanges import LIST
 from fleetlm_gateway.router import Router
 
@@ -48,7 +48,7 @@ class _Merge:
 
     async def _fill(self, shards: Iterable[str], after: str) -> None:
         names = list(shards)
-        request = rpc.encode(rpc.List(after, self._limit))
+        request = rpc.encode(rpc.List(after, min(self._limit, REPLAY_LIMIT_MAX)))
         tasks = [asyncio.ensure_future(self._page(shard, request)) for shard in names]
         try:
             pages = await asyncio.gather(*tasks)

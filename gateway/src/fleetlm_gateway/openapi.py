@@ -194,6 +194,10 @@ _REFUSALS: Final = {
     429: "TRY_AGAIN overloaded, with Retry-After",
     503: "TRY_AGAIN, with Retry-After; an append may have been done, retry with the same key",
 }
+_RETRY_AFTER: Final[Json] = {
+    "Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}, "description": "seconds"}
+}
+_HEADERS: Final[dict[int, Json]] = {429: _RETRY_AFTER, 503: _RETRY_AFTER}
 _WRITE_REFUSALS: Final = (400, 401, 403, 408, 409, 413, 415, 429, 503)
 
 
@@ -286,7 +290,8 @@ def document(*, version: str) -> Json:
         "components": {
             "schemas": _SCHEMAS,
             "responses": {
-                f"Problem{status}": {"description": text, "content": problem} for status, text in _REFUSALS.items()
+                f"Problem{status}": {"description": text, "content": problem, "headers": _HEADERS.get(status, {})}
+                for status, text in _REFUSALS.items()
             },
         },
     }

@@ -109,9 +109,10 @@ class Rest:
             raise Invalid("sessions by participant are not served yet", reason="not_served", field="participant_id")
         after = checked_id(query["after"], "after") if query.get("after") else ""
         limit = _number(query, "limit", 1, REPLAY_LIMIT_MAX, REPLAY_LIMIT_DEFAULT)
-        found = await self._boundary.sessions(after=after, limit=limit)
-        shown = [_session(name, info) for name, info in found]
-        return json_response(_Sessions(shown, has_more=len(shown) == limit))
+        # One more than is shown: only that proves that there is more.
+        found = await self._boundary.sessions(after=after, limit=limit + 1)
+        shown = [_session(name, info) for name, info in found[:limit]]
+        return json_response(_Sessions(shown, has_more=len(found) > limit))
 
     async def _post_session(self, request: web.Request) -> web.Response:
         asked = decode_fields(_CREATE, compact(await _body(request) or b"{}", "body"))
@@ -141,6 +142,7 @@ class Rest:
             page = await self._boundary.read(session, before=before, limit=limit)
         elif "tail" in query:
             tail = _number(query, "tail", 1, REPLAY_LIMIT_MAX, 1)
+            tail = min(tail, limit) if "limit" in query else tail
             page = await self._boundary.read(session, tail=tail, limit=tail)
         else:
             after = _number(query, "after", 0, SEQ_MAX, 0)
