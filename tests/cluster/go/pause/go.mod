@@ -1,0 +1,3 @@
+module fleetlm.io/tests/cluster/pause
+
+go 1.26.0
