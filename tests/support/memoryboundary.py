@@ -65,11 +65,11 @@ class MemoryPlace:
         self.refusals = 0
 
     def begin(self) -> None:
-        """Start."""
+        """Start; pushes within this call, as the product does: a join's reply after it would be late."""
         assert not self._begun, "begin is called once"
         self._begun = True
         self._session.places.add(self)
-        asyncio.get_running_loop().call_soon(self.pump)
+        self.pump()
 
     def resume(self) -> None:
         """Go on."""
