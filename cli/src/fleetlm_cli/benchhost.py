@@ -42,6 +42,15 @@ def usage(processes: Iterable[tuple[str, int]]) -> dict[str, Usage]:
     return found
 
 
+def peak_rss_bytes(pid: int) -> int:
+    """The most memory that a process ever had resident; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def spent(before: dict[str, Usage], after: dict[str, Usage]) -> list[dict[str, Any]]:
     """What each process used between two moments; one that was restarted meanwhile has no CPU figure."""
     return [

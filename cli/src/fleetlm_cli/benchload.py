@@ -1,8 +1,10 @@
-"""A closed loop of appends: so many connections, each with so many in flight; latencies of what came back.
+"""Appends over so many connections, in a closed or an open loop; latencies of what came back.
 
-Each answered append is followed by the next at once, so the rate is what the system gives at that concurrency (a closed
-loop says nothing about latency at a given rate: it slows down with the system). A refused append (TRY_AGAIN) is sent
-again with its key after the time it was told, and its latency counts from the first try.
+Closed: each answered append is followed by the next at once, so the rate is what the system gives at that concurrency
+(it says nothing about latency at a given rate: it slows down with the system). Open: appends are due at a constant rate
+whatever the system does, and latency counts from the moment an append was due, not from when it was sent: a system that
+stalls is charged for every append that should have been sent meanwhile (no coordinated omission). A refused append
+(TRY_AGAIN) is sent again with its key after the time it was told, and its latency counts from the first try.
 
 Promise: every append of the measured time is counted: acknowledged, or in `errors`; nothing is left out because it was
 slow. Must not be done here: starting what is measured, printing.
@@ -22,6 +24,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from fleetlm_cli.benchpace import Pace
 from fleetlm_cli.benchwire import WireSocket, text_frame
 
 MARK_HEX: Final = 16
@@ -31,6 +34,9 @@ JOIN_TIMEOUT_S: Final = 30.0
 DRAIN_TIMEOUT_S: Final = 15.0
 """After the end, what is in flight may still come: longer than the gateway's own deadline."""
 HEARTBEAT_S: Final = 20.0
+OPEN_IN_FLIGHT_MAX: Final = 50_000
+"""Unanswered appends of an open loop; past it what is due waits here, and its latency goes on counting."""
+TICKS_PER_S: Final = 10
 Hook = Callable[[], None]
 _MARK: Final = re.compile(rb'"content":"([0-9a-f]{16})')
 _OK: Final = b'"status":"ok"'
@@ -47,6 +53,8 @@ class Load:
     duration_s: float
     warm_up_s: float
     readers: int = 0
+    rate: float = 0.0
+    """Appends a second that are due; 0: closed loop."""
     run_id: str = "bench"
 
 
@@ -59,6 +67,14 @@ class Outcome:
     deliveries: array[float] = field(default_factory=lambda: array("d"))
     errors: Counter[str] = field(default_factory=Counter[str])
     unanswered: int = 0
+    ticks: Counter[int] = field(default_factory=Counter[int])
+    """Acknowledgements in each tenth of a second of the measured time."""
+    offered: int = 0
+    """Open loop: appends that were due in the measured time."""
+    unsent: int = 0
+    """Open loop: of those, never sent: `OPEN_IN_FLIGHT_MAX` others were unanswered."""
+    late: array[float] = field(default_factory=lambda: array("d"))
+    """Open loop: how long after its due time each was sent: the generator's own share of the latency."""
 
 
 class BenchError(Exception):
@@ -122,7 +138,7 @@ class _Writer:
 
     async def open(self, url: str) -> WireSocket:
         """Connect and join."""
-        socket = self._socket = await _connect(url, f"bench-{self._number}", self._on_texts)
+        socket = self._socket = await connect(url, f"bench-{self._number}", self._on_texts)
         socket.send([_join_frame(self._load, session) for session in self._sessions])
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
@@ -137,10 +153,14 @@ class _Writer:
 
     def start(self) -> None:
         """Put everything in flight."""
-        self._send([self._next() for _ in range(self._load.in_flight)])
+        self._send([self._next(time.perf_counter()) for _ in range(self._load.in_flight)])
 
-    def _next(self) -> bytes:
-        """One more append."""
+    def offer(self, due_s: float) -> None:
+        """Open loop: send one that was due then."""
+        self._send([self._next(due_s)])
+
+    def _next(self, started_s: float) -> bytes:
+        """One more append, whose latency counts from `started_s`."""
         meter = self._meter
         meter.marks += 1
         mark = meter.marks
@@ -153,7 +173,6 @@ class _Writer:
             self._load.run_id.encode(),
             mark,
         )
-        started_s = time.perf_counter()
         meter.starts[mark] = started_s
         return self._frame(_Flight(mark, session, started_s, tail))
 
@@ -191,13 +210,15 @@ class _Writer:
             self._on_ack(flight, now_s)
         elif self._on_refusal(flight, _error(text)):
             return
-        if self._meter.running:
-            frames.append(self._next())
+        if self._meter.running and not self._load.rate:
+            frames.append(self._next(time.perf_counter()))
 
     def _on_ack(self, flight: _Flight, now_s: float) -> None:
         meter = self._meter
         if meter.counts(flight.started_s):
             meter.outcome.acks.append(now_s - flight.started_s)
+        if meter.begin_s <= now_s < meter.end_s:
+            meter.outcome.ticks[int((now_s - meter.begin_s) * TICKS_PER_S)] += 1
         if not self._delivers and not self._load.readers:
             meter.starts.pop(flight.mark, None)
 
@@ -222,6 +243,36 @@ class _Writer:
         self._progress.set()
 
 
+class _Open:
+    """The open loop: sends what is due, over the writers in turn."""
+
+    def __init__(self, meter: _Meter, load: Load, writers: list[_Writer]) -> None:
+        self._meter = meter
+        self._writers = writers
+        self._sent = 0
+        self.pace = Pace(load.rate, tick=self.send_due)
+
+    def send_due(self) -> None:
+        """Everything that is due and has room."""
+        meter, pace, writers = self._meter, self.pace, self._writers
+        due = pace.due()
+        room = OPEN_IN_FLIGHT_MAX - sum(writer.in_flight for writer in writers)
+        for number in range(self._sent, min(due, self._sent + room)):
+            due_s = pace.due_at_s(number)
+            writers[number % len(writers)].offer(due_s)
+            if meter.counts(due_s):
+                meter.outcome.late.append(time.perf_counter() - due_s)
+            self._sent = number + 1
+
+    def stop(self) -> None:
+        """Count what was due in the measured time, and what of it was never sent."""
+        meter, pace = self._meter, self.pace
+        due, begin_s = pace.due(), meter.begin_s
+        pace.stop()
+        meter.outcome.offered = sum(1 for number in range(due) if begin_s <= pace.due_at_s(number) < meter.end_s)
+        meter.outcome.unsent = sum(1 for number in range(self._sent, due) if meter.counts(pace.due_at_s(number)))
+
+
 class _Reader:
     """One connection that only receives."""
 
@@ -233,7 +284,7 @@ class _Reader:
 
     async def open(self, url: str) -> WireSocket:
         """Connect and join; what is appended before the joins are done is not measured (warm-up)."""
-        socket = await _connect(url, f"bench-reader-{self._number}", self._on_texts)
+        socket = await connect(url, f"bench-reader-{self._number}", self._on_texts)
         socket.send([_join_frame(self._load, session) for session in self._sessions])
         return socket
 
@@ -279,7 +330,8 @@ def _join_frame(load: Load, session: int) -> bytes:
     return text_frame(b'["j%d","j%d","%s","phx_join",{}]' % (session, session, _topic(load, session)))
 
 
-async def _connect(url: str, participant: str, on_texts: Callable[[list[bytes]], None]) -> WireSocket:
+async def connect(url: str, participant: str, on_texts: Callable[[list[bytes]], None]) -> WireSocket:
+    """Open a socket as that participant."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     path = f"{parts.path}?vsn=2.0.0&participant_id={participant}&participant_kind=agent"
@@ -330,8 +382,12 @@ async def _measure(
 ) -> None:
     lost = asyncio.ensure_future(asyncio.wait([socket.lost for socket in sockets], return_when="FIRST_COMPLETED"))
     meter.begin_s = float("inf")
-    for writer in writers:
-        writer.start()
+    opened = _Open(meter, load, writers) if load.rate else None
+    if opened is not None:
+        opened.pace.start()
+    else:
+        for writer in writers:
+            writer.start()
     await asyncio.wait([lost], timeout=load.warm_up_s)
     on_begin()
     meter.begin_s = time.perf_counter()
@@ -339,6 +395,8 @@ async def _measure(
     meter.end_s = time.perf_counter()
     on_end()
     meter.running = False
+    if opened is not None:
+        opened.stop()
     meter.outcome.measured_s = meter.end_s - meter.begin_s
     if not lost.done():
         await _drain(writers)
