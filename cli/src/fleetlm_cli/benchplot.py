@@ -221,6 +221,7 @@ def draw_samples(path: Path, told: dict[str, Any]) -> None:
     canvas.text((axes.right, axes.y(middle) - 6), f"p50 {middle:.2f}", size=12, fill=ORANGE, anchor="rb")
     for number, value in enumerate(values):
         canvas.dot((axes.x((number + 0.5) / len(values)), axes.y(value)), fill=BLUE)
+    canvas.save(path)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
