@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-peers bench-peers-setup kills sim clean
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim clean
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,8 +51,11 @@ sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failure
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
 
-bench: setup ## closed-loop numbers of this machine: append and end to end
-	$(RUN)/fleetlm bench append && $(RUN)/fleetlm bench e2e
+bench: setup ## everything that `fleetlm bench` measures, briefly: end to end closed and open loop, fan-out, idle, replay, boot
+	$(RUN)/python -m tests.bench.lot
+
+bench-check: setup ## ratios to Redis measured now against the stored ones (needs bench-peers-setup); status 1: something got worse
+	$(RUN)/python -m tests.bench.check
 
 NATS_VERSION := v2.15.2
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 import pytest
 
 from fleetlm_common import rpc
 from fleetlm_common.rpc import Kind
 from fleetlm_common.wire import HEADER
+from tests.bench.check import worse
 from tests.bench.peers import Sample, summary
 from tests.bench.peerwire import NatsWire, PeerError, PostgresWire, RedisWire, ShardWire, Wire
 
@@ -19,7 +23,7 @@ def shard_wire() -> ShardWire:
 
 
 ACK = rpc.encode(rpc.Appended([]))
-CASES = {
+CASES: Final[dict[str, tuple[Callable[[], Wire], bytes]]] = {
     "redis": (lambda: RedisWire("r"), b"$15\r\n1700000000000-0\r\n" * 3),
     "postgres": (
         lambda: PostgresWire("p", user="u", database="d"),
@@ -64,3 +68,11 @@ def test_ratios_are_of_the_same_round() -> None:
         for server, rate in (("shard", 30.0), ("redis", 60.0))
     ]
     assert summary(samples)["pipelined"]["shard_ratio"] == {"redis": 0.5}
+
+
+def test_check_says_what_got_worse() -> None:
+    """Beyond the tolerance, or gone; what is better or within it is no news."""
+    stored = {"same": 0.5, "slower": 0.5, "faster": 0.5, "gone": 0.5}
+    said = worse(stored, {"same": 0.4, "slower": 0.3, "faster": 0.9}, tolerance=0.35)
+    assert [sentence.split(":")[0] for sentence in said] == ["slower", "gone"]
+    assert "-40%" in said[0]

@@ -95,6 +95,7 @@ async def test_bench_counts_everything(running: Fleet, kind: str) -> None:
     assert (report["errors"], report["unanswered"]) == ({}, 0)
     assert {process["name"] for process in report["processes"]} == {"load", *running.names}
     assert report["provenance"]["fdatasync"]["p50_ms"] > 0
+    assert set(report["elsewhere"]) == {"processes_s", "steal_s"}
     if kind == "e2e":
         assert report["delivered"] == report["acked"]
     status, out, _ = await fleetlm("sessions", "--data", str(running.data), "--json")

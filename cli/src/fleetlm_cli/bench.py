@@ -225,9 +225,15 @@ def _measured(name: str, load: Load, found: System) -> tuple[dict[str, Any], Out
     origin = benchhost.provenance(found.folder)
     moments: list[dict[str, benchhost.Usage]] = []
 
+    machine: list[tuple[float, float]] = []
+
     def look() -> None:
         moments.append(benchhost.usage(processes))
+        machine.append(benchhost.machine_cpu_s())
 
     outcome = run(found.websocket_url, put_on(found.websocket_url, load, on_begin=look, on_end=look))
     used = benchhost.spent(*moments[:2])
-    return benchreport.report(name, load, outcome, origin, used, own_up=found.up is not None), outcome
+    told = benchreport.report(name, load, outcome, origin, used, own_up=found.up is not None)
+    # Numbers of a machine that did other work meanwhile are to be known by it.
+    told["elsewhere"] = benchhost.others(machine[0], machine[1], used)
+    return told, outcome

@@ -42,6 +42,22 @@ def usage(processes: Iterable[tuple[str, int]]) -> dict[str, Usage]:
     return found
 
 
+def machine_cpu_s() -> tuple[float, float]:
+    """CPU seconds of everything on this machine so far, and those that the hypervisor kept for others (steal)."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    user, nice, system, _idle, _wait, irq, softirq, steal = (field / os.sysconf("SC_CLK_TCK") for field in fields)
+    return user + nice + system + irq + softirq, steal
+
+
+def others(before: tuple[float, float], after: tuple[float, float], used: list[dict[str, Any]]) -> dict[str, float]:
+    """CPU seconds that went elsewhere between two moments: to processes that are not listed, and to other guests."""
+    own = sum(process["cpu_s"] or 0.0 for process in used)
+    return {
+        "processes_s": round(max(0.0, after[0] - before[0] - own), 2),
+        "steal_s": round(after[1] - before[1], 2),
+    }
+
+
 def peak_rss_bytes(pid: int) -> int:
     """The most memory that a process ever had resident; 0 when it is gone."""
     try:

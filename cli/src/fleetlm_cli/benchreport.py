@@ -98,6 +98,11 @@ def show_processes(console: Console, report: dict[str, Any]) -> None:
         cpu_s = "?" if process["cpu_s"] is None else f"{process['cpu_s']:.2f}"
         used.add_row(process["name"], cpu_s, f"{process['rss_bytes'] / 2**20:.0f}")
     console.print(used)
+    if "elsewhere" in report:
+        gone = report["elsewhere"]
+        console.print(
+            f"CPU that went elsewhere: {gone['processes_s']:g} s other processes, {gone['steal_s']:g} s steal"
+        )
     synced = origin["fdatasync"]
     console.print(
         f"{origin['cpu']} ({origin['cores']} cores), kernel {origin['kernel']}, Python {origin['python']}, uvloop"
