@@ -167,17 +167,17 @@ def idle(found: System, *, sockets: int, sessions: int, run_id: str) -> dict[str
             # Code that runs for the first time is loaded before anything is counted.
             await crowd.open(1)
             await crowd.join([b"session:%b-warm" % run_id.encode()])
+            crowd.sockets.pop().close()
+            crowd.joined = 0
             await look()
             moments.append(benchhost.usage(processes))
             began_s = time.perf_counter()
             await crowd.open(sockets)
             took.append(time.perf_counter() - began_s)
             await look()
-            warm, crowd.joined = crowd.sockets.pop(0), 0
             await crowd.join(b"session:%b-%d" % (run_id.encode(), number % sessions) for number in range(sockets))
             await look()
             moments.append(benchhost.usage(processes))
-            crowd.sockets.append(warm)
             lost = sum(socket.lost.done() for socket in crowd.sockets)
             if lost:
                 raise BenchError(f"{lost} sockets were closed by the gateway")
