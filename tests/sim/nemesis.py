@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 KINDS_MAX: Final = 5
 """Kinds of faults in one run: with all of them at once nothing lives long enough to go wrong in an interesting way."""
 
+YOUNGER_MAX: Final = 2
+"""Processes of one shard at once beside its newest: more only wait for each other."""
+
 
 class Nemesis:
     """The faults of one run.
@@ -140,7 +143,8 @@ class Nemesis:
         """The elder is frozen, a younger one boots on its volume, the elder goes on."""
         world, rng, shard = self._world, self._world.rng, self._shard()
         elder = shard.process
-        if elder is None or elder.dead:
+        living = [process for process in shard.drive.processes.values() if not process.dead]
+        if elder is None or elder.dead or len(living) > YOUNGER_MAX:
             return
         if rng.random() < 0.8:
             elder.freeze()

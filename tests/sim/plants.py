@@ -1,0 +1,252 @@
+"""Mistakes planted into a copy of the source, and the proof that seeds find them.
+
+    python -m tests.sim.plants                  every plant, from seed 1
+    python -m tests.sim.plants look --seeds 200
+
+Place: a mutation is a piece of text in one file, which must stand there exactly once; the copy lies in a temporary
+folder that comes first in the path of a process of its own, so nothing in the product knows of it. Promise: a plant
+whose text is not there any more fails loudly. Must not be done here: changing the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent.parent
+COMPONENTS: Final = ("common", "shard", "gateway", "operator", "client")
+SEEDS_MAX: Final = 400
+"""Seeds within which each plant must be found."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One mistake.
+
+    Attributes:
+        name: of the mistake.
+        path: file, without `<component>/src/`.
+        old: what stands there, once.
+        new: the mistake.
+        seed: one that finds it today; found by `python -m tests.sim.plants`.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    seed: int
+
+    @property
+    def file(self) -> Path:
+        """In the checkout."""
+        package = self.path.partition("/")[0]
+        return ROOT / package.removeprefix("fleetlm_") / "src" / self.path
+
+    def check(self) -> None:
+        """The text is there once.
+
+        Raises:
+            ValueError: it is not: the code has moved on, and the plant must too.
+        """
+        count = self.file.read_text().count(self.old)
+        if count != 1:
+            raise ValueError(f"plant {self.name!r}: its text stands {count} times in {self.path}")
+
+
+PLANTS: Final = (
+    Plant(
+        "acknowledged before the sync",
+        "fleetlm_shard/writer.py",
+        "            self.file.sync()\n            sync_s =",
+        "            sync_s =",
+        1,
+    ),
+    Plant(
+        "the look is left out",
+        "fleetlm_shard/writer.py",
+        "        self.fence.look()\n        return Finished",
+        "        return Finished",
+        1,
+    ),
+    Plant(
+        "keys are forgotten at boot",
+        "fleetlm_shard/rebuild.py",
+        "            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))",
+        "            log_time.at(record.inserted_at_us)",
+        1,
+    ),
+    Plant(
+        "a key is as old as the wall clock says",
+        "fleetlm_shard/rebuild.py",
+        "    keys.restored(log_s=log_time.now_s, now_s=clock.monotonic_s())",
+        "    keys.restored(log_s=log_time.now_s + max(0.0, clock.now_us() - (log_time._last_us or clock.now_us())) / 1e6, "
+        "now_s=clock.monotonic_s())\n    keys.evict(clock.monotonic_s())",
+        118,
+    ),
+    Plant(
+        "expected_seq is checked before dedupe",
+        "fleetlm_shard/sequencer.py",
+        "        hits = self._hits(call, session.id, drafts)\n",
+        "        if entry.expected_seq is not None and entry.expected_seq != session.seq_assigned:\n"
+        "            call.conflict(session)\n"
+        "            return _UNFILLED\n"
+        "        hits = self._hits(call, session.id, drafts)\n",
+        1,
+    ),
+    Plant(
+        "published before it is durable",
+        "fleetlm_shard/writes.py",
+        "        self.queued_pos = last_pos\n",
+        "        self.queued_pos = last_pos\n"
+        "        if session.subscribers:\n"
+        "            self._publisher.publish(session, [message.json for message in messages])\n",
+        1,
+    ),
+    Plant(
+        "answered before it is durable",
+        "fleetlm_shard/sequencer.py",
+        "        elif self._writes.settled:\n",
+        "        elif True:\n",
+        1,
+    ),
+    Plant(
+        "resubscribed without a cursor",
+        "fleetlm_gateway/streams.py",
+        "request = rpc.Subscribe(route.epoch, self.session, self._tail.last_seq)",
+        "request = rpc.Subscribe(route.epoch, self.session, 0 if self._tail.last_seq == 0 else None)",
+        1,
+    ),
+    Plant(
+        "a hole in the pushes is passed on",
+        "fleetlm_gateway/streams.py",
+        "        if reply.start_seq > self._tail.last_seq:\n",
+        "        if reply.start_seq < 0:\n",
+        1,
+    ),
+    Plant(
+        "a retry has a new key",
+        "fleetlm_gateway/lanes.py",
+        "        lane.waiting[:0] = [entry for entry in batch if entry.done is not None]\n",
+        "        for entry in batch:\n"
+        "            drafts = [rpc.Draft(draft.key + '+', draft.fragment) for draft in entry.entry.drafts]\n"
+        "            entry.entry = rpc.Entry(drafts, entry.entry.expected_seq)\n"
+        "        lane.waiting[:0] = [entry for entry in batch if entry.done is not None]\n",
+        1,
+    ),
+    Plant(
+        "a lost wakeup: a full lane waits for its next append",
+        "fleetlm_gateway/lanes.py",
+        "        lane.timer = self._loop.call_later(delay_s, self._pump, lane)\n",
+        "        lane.timer = None\n",
+        1,
+    ),
+    Plant(
+        "a link that is lost tells nobody",
+        "fleetlm_gateway/shardlink.py",
+        "                on_reply(LOST, b\"\")\n            except Exception as error:",
+        "                pass\n            except Exception as error:",
+        1,
+    ),
+    Plant(
+        "caught_up is said again",
+        "fleetlm_gateway/readers.py",
+        "            self._told_caught_up = True\n            self._sink.caught_up(",
+        "            self._sink.caught_up(",
+        1,
+    ),
+    Plant(
+        "a failed sync is taken for one that worked",
+        "fleetlm_shard/writer.py",
+        "            self.file.sync()\n            sync_s =",
+        "            try:\n                self.file.sync()\n            except OSError:\n                pass\n            sync_s =",
+        1,
+    ),
+    Plant(
+        "what an elder wrote after the cut is read",
+        "fleetlm_shard/chain.py",
+        "chain.links.append(Link(found, header.prev.cut_pos))",
+        "chain.links.append(Link(found, found.end_pos_max))",
+        1,
+    ),
+    Plant(
+        "boot serves what it read without syncing it",
+        "fleetlm_shard/recovery.py",
+        "            _write_filled(file, framing.encode_header(header) + data, header.size)\n            file.sync()\n",
+        "            _write_filled(file, framing.encode_header(header) + data, header.size)\n",
+        1,
+    ),
+    Plant(
+        "the SDK forgets what was in flight when its connection is lost",
+        "fleetlm_client/outbox.py",
+        '        """The connection is gone: whatever was in flight will be sent again as it is."""\n',
+        '        """The connection is gone."""\n        self._group = []\n',
+        1,
+    ),
+    Plant(
+        "the SDK rejoins without a cursor",
+        "fleetlm_client/channel.py",
+        "payload = JoinPayload(cursor=reader.received_seq)",
+        "payload = JoinPayload(cursor=None)",
+        1,
+    ),
+)
+
+
+def plant_into(folder: Path, plant: Plant) -> str:
+    """Copy the source with the mistake in it; returns the `PYTHONPATH`."""
+    plant.check()
+    paths: list[str] = []
+    for component in COMPONENTS:
+        there = folder / component
+        shutil.copytree(ROOT / component / "src", there, ignore=shutil.ignore_patterns("__pycache__"))
+        paths.append(str(there))
+    package = plant.path.partition("/")[0].removeprefix("fleetlm_")
+    file = folder / package / plant.path
+    file.write_text(file.read_text().replace(plant.old, plant.new))
+    return os.pathsep.join(paths)
+
+
+def find(plant: Plant, *, first: int, seeds: int, timeout_s: float = 900.0) -> tuple[int, list[str]] | None:
+    """The first seed that notices the mistake, and how; None: no seed did."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": plant_into(Path(folder), plant)}
+        command = [sys.executable, "-m", "tests.sim", "--first", str(first), "--seeds", str(seeds), "--stop", "--json"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
+    if done.returncode not in {0, 1} or not done.stdout:
+        raise RuntimeError(f"plant {plant.name!r}: the simulator itself broke:\n{done.stderr[-2000:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    found = [*row["kinds"], *row["faults"]]
+    return (row["seed"], found) if found else None
+
+
+def main() -> int:
+    """Returns 1 when a plant was not found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.plants", description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="part of a plant's name")
+    parser.add_argument("--seeds", type=int, default=SEEDS_MAX)
+    options = parser.parse_args()
+    missed = 0
+    for plant in PLANTS:
+        if options.name not in plant.name:
+            continue
+        found = find(plant, first=1, seeds=options.seeds)
+        missed += found is None
+        words = "NOT FOUND" if found is None else f"seed {found[0]}: {', '.join(found[1])[:160]}"
+        sys.stdout.write(f"{plant.name}: {words}\n")
+        sys.stdout.flush()
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
