@@ -36,7 +36,7 @@ class Plant:
         path: file, without `<component>/src/`.
         old: what stands there, once.
         new: the mistake.
-        seed: one that finds it today; found by `python -m tests.sim.plants`.
+        seed: one that finds it (by `python -m tests.sim.plants`); 0: none is known.
     """
 
     name: str
@@ -68,29 +68,30 @@ PLANTS: Final = (
         "fleetlm_shard/writer.py",
         "            self.file.sync()\n            sync_s =",
         "            sync_s =",
-        1,
+        0,
     ),
     Plant(
         "the look is left out",
         "fleetlm_shard/writer.py",
         "        self.fence.look()\n        return Finished",
         "        return Finished",
-        1,
+        0,
     ),
     Plant(
         "keys are forgotten at boot",
         "fleetlm_shard/rebuild.py",
         "            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))",
         "            log_time.at(record.inserted_at_us)",
-        1,
+        7,
     ),
     Plant(
         "a key is as old as the wall clock says",
         "fleetlm_shard/rebuild.py",
         "    keys.restored(log_s=log_time.now_s, now_s=clock.monotonic_s())",
-        "    keys.restored(log_s=log_time.now_s + max(0.0, clock.now_us() - (log_time._last_us or clock.now_us())) / 1e6, "
-        "now_s=clock.monotonic_s())\n    keys.evict(clock.monotonic_s())",
-        118,
+        "    late_us = max(0, clock.now_us() - (log_time._last_us or clock.now_us()))\n"
+        "    keys.restored(log_s=log_time.now_s + late_us / 1e6, now_s=clock.monotonic_s())\n"
+        "    keys.evict(clock.monotonic_s())",
+        0,
     ),
     Plant(
         "expected_seq is checked before dedupe",
@@ -100,7 +101,7 @@ PLANTS: Final = (
         "            call.conflict(session)\n"
         "            return _UNFILLED\n"
         "        hits = self._hits(call, session.id, drafts)\n",
-        1,
+        0,
     ),
     Plant(
         "published before it is durable",
@@ -109,28 +110,28 @@ PLANTS: Final = (
         "        self.queued_pos = last_pos\n"
         "        if session.subscribers:\n"
         "            self._publisher.publish(session, [message.json for message in messages])\n",
-        1,
+        0,
     ),
     Plant(
         "answered before it is durable",
         "fleetlm_shard/sequencer.py",
         "        elif self._writes.settled:\n",
         "        elif True:\n",
-        1,
+        0,
     ),
     Plant(
         "resubscribed without a cursor",
         "fleetlm_gateway/streams.py",
         "request = rpc.Subscribe(route.epoch, self.session, self._tail.last_seq)",
         "request = rpc.Subscribe(route.epoch, self.session, 0 if self._tail.last_seq == 0 else None)",
-        1,
+        0,
     ),
     Plant(
         "a hole in the pushes is passed on",
         "fleetlm_gateway/streams.py",
         "        if reply.start_seq > self._tail.last_seq:\n",
         "        if reply.start_seq < 0:\n",
-        1,
+        0,
     ),
     Plant(
         "a retry has a new key",
@@ -140,63 +141,64 @@ PLANTS: Final = (
         "            drafts = [rpc.Draft(draft.key + '+', draft.fragment) for draft in entry.entry.drafts]\n"
         "            entry.entry = rpc.Entry(drafts, entry.entry.expected_seq)\n"
         "        lane.waiting[:0] = [entry for entry in batch if entry.done is not None]\n",
-        1,
+        0,
     ),
     Plant(
         "a lost wakeup: a full lane waits for its next append",
         "fleetlm_gateway/lanes.py",
         "        lane.timer = self._loop.call_later(delay_s, self._pump, lane)\n",
         "        lane.timer = None\n",
-        1,
+        0,
     ),
     Plant(
         "a link that is lost tells nobody",
         "fleetlm_gateway/shardlink.py",
-        "                on_reply(LOST, b\"\")\n            except Exception as error:",
+        '                on_reply(LOST, b"")\n            except Exception as error:',
         "                pass\n            except Exception as error:",
-        1,
+        0,
     ),
     Plant(
         "caught_up is said again",
         "fleetlm_gateway/readers.py",
         "            self._told_caught_up = True\n            self._sink.caught_up(",
         "            self._sink.caught_up(",
-        1,
+        0,
     ),
     Plant(
         "a failed sync is taken for one that worked",
         "fleetlm_shard/writer.py",
         "            self.file.sync()\n            sync_s =",
-        "            try:\n                self.file.sync()\n            except OSError:\n                pass\n            sync_s =",
-        1,
+        "            try:\n                self.file.sync()\n            except OSError:\n                pass\n"
+        "            sync_s =",
+        0,
     ),
     Plant(
         "what an elder wrote after the cut is read",
         "fleetlm_shard/chain.py",
         "chain.links.append(Link(found, header.prev.cut_pos))",
         "chain.links.append(Link(found, found.end_pos_max))",
-        1,
+        0,
     ),
     Plant(
         "boot serves what it read without syncing it",
         "fleetlm_shard/recovery.py",
         "            _write_filled(file, framing.encode_header(header) + data, header.size)\n            file.sync()\n",
         "            _write_filled(file, framing.encode_header(header) + data, header.size)\n",
-        1,
+        0,
     ),
     Plant(
         "the SDK forgets what was in flight when its connection is lost",
         "fleetlm_client/outbox.py",
         '        """The connection is gone: whatever was in flight will be sent again as it is."""\n',
         '        """The connection is gone."""\n        self._group = []\n',
-        1,
+        0,
     ),
     Plant(
         "the SDK rejoins without a cursor",
         "fleetlm_client/channel.py",
         "payload = JoinPayload(cursor=reader.received_seq)",
         "payload = JoinPayload(cursor=None)",
-        1,
+        0,
     ),
 )
 
