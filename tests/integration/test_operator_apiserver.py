@@ -1,0 +1,436 @@
+"""The operator as a process at a real API server with real controllers; kubelets are played (no containers run)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from fleetlm_common.kubeapi import ApiError, ApiRefused, KubeApi, Object
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
+from fleetlm_operator.resources import (
+    CLAIMS,
+    DEPLOYMENTS,
+    EVENTS,
+    PODS,
+    SECRETS,
+    SERVICES,
+    STATEFUL_SETS,
+)
+from tests.support.playedcluster import NAMESPACES, ApiServer, PlayedNodes, started
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(180)]
+
+WAIT_S: Final = 60.0
+"""Two cores that other tests share."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """One API server for all tests here; each has a namespace of its own."""
+    with started(tmp_path_factory.mktemp("apiserver")) as found:
+        yield found
+
+
+class World:
+    """A namespace, and operators in it."""
+
+    def __init__(self, api: KubeApi, server: ApiServer, namespace: str, folder: Path) -> None:
+        self.api = api
+        self.server = server
+        self.namespace = namespace
+        self.folder = folder
+        self.operators: list[asyncio.subprocess.Process] = []
+
+    async def operator(self, name: str, *, lease: str = "operator") -> asyncio.subprocess.Process:
+        """Start an operator for this namespace only."""
+        env = {
+            **os.environ,
+            **self.server.env,
+            "FLEETLM_OPERATOR_POD_NAME": name,
+            "FLEETLM_OPERATOR_POD_NAMESPACE": self.namespace,
+            "FLEETLM_OPERATOR_NAMESPACES": self.namespace,
+            "FLEETLM_OPERATOR_OPS_LISTEN": "127.0.0.1:0",
+            "FLEETLM_OPERATOR_LEASE_NAME": lease,
+            "FLEETLM_OPERATOR_VERSION": "1.0.0",
+        }
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "fleetlm_operator", "kubernetes", env=env, stdout=log, stderr=log
+            )
+        self.operators.append(process)
+        return process
+
+    def said(self, name: str = "one") -> str:
+        """What an operator logged."""
+        return (self.folder / f"{name}.log").read_text()
+
+    async def make(self, spec: Object | None = None) -> None:
+        """What `kubectl apply` of a ShardRing does."""
+        body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": "demo"}}
+        await self.api.apply(SHARD_RINGS, self.namespace, {**body, "spec": spec or {}}, manager="kubectl")
+
+    async def edit(self, spec: Object) -> None:
+        """What `kubectl patch sr` does."""
+        await self.api.merge(SHARD_RINGS, self.namespace, "demo", {"spec": spec}, manager="kubectl")
+
+    async def ring(self) -> Object:
+        """The ShardRing."""
+        found = await self.api.get(SHARD_RINGS, self.namespace, "demo")
+        assert found is not None
+        return found
+
+    async def reason(self, kind: str) -> str:
+        """Status and reason of a condition: `True/Serving`."""
+        ring = await self.ring()
+        if ring.get("status", {}).get("observedGeneration") != ring["metadata"]["generation"]:
+            return "stale"
+        found = [each for each in ring["status"]["conditions"] if each["type"] == kind]
+        return f"{found[0]['status']}/{found[0]['reason']}" if found else ""
+
+    async def until(self, what: str, holds: Callable[[], Awaitable[bool]], *, timeout_s: float = WAIT_S) -> float:
+        """Wait for it; returns how long that took, in seconds."""
+        begun_s = time.monotonic()
+        while not await holds():
+            waited = time.monotonic() - begun_s
+            if waited > timeout_s:
+                ring = await self.api.get(SHARD_RINGS, self.namespace, "demo")
+                raise AssertionError(f"not within {timeout_s:g} s: {what}\n{ring}\n{self._logs()[-3000:]}")
+            await asyncio.sleep(0.1)
+        return time.monotonic() - begun_s
+
+    async def until_reason(self, kind: str, reason: str) -> float:
+        """Wait for a condition."""
+
+        async def holds() -> bool:
+            return await self.reason(kind) == reason
+
+        return await self.until(f"{kind} is {reason}", holds)
+
+    async def images(self) -> list[str]:
+        """Tags of the shards' images, by ordinal."""
+        labels = f"{RING_LABEL}=demo,app.kubernetes.io/component=shard"
+        pods = (await self.api.list(PODS, self.namespace, labels=labels)).items
+        pods.sort(key=lambda pod: str(pod["metadata"]["name"]))
+        return [pod["spec"]["containers"][0]["image"].partition(":")[2] for pod in pods]
+
+    def _logs(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+
+@asynccontextmanager
+async def world_in(server: ApiServer, folder: Path, namespace: str) -> AsyncGenerator[World]:
+    """A namespace of a test's own."""
+    api = await KubeApi.connect(server.env, agent="test")
+    await api.apply(
+        NAMESPACES, None, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}, manager="t"
+    )
+    world = World(api, server, namespace, folder)
+    try:
+        yield world
+    finally:
+        for process in world.operators:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+        await api.close()
+
+
+@pytest.fixture
+async def world(server: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncGenerator[World]:
+    """A namespace named after the test."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name.removeprefix("test_").lower())
+    async with world_in(server, tmp_path, name[:60].strip("-")) as found:
+        yield found
+
+
+async def test_a_ring_comes_up_and_stays_as_asked(world: World) -> None:
+    """From the smallest ShardRing to Ready; no finalizer, spec untouched; what is deleted or changed comes back."""
+    await world.make()
+    before = (await world.ring())["spec"]
+    await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Ready", "True/Serving")
+        ring = await world.ring()
+        assert ring["spec"] == before
+        assert ring["metadata"]["generation"] == 1
+        assert "finalizers" not in ring["metadata"]
+        assert not {"annotations"} & set(ring["metadata"])
+        service = await world.api.get(SERVICES, world.namespace, "demo-gateway")
+        assert service is not None
+        label: Object = {"metadata": {"labels": {"team": "chat"}}}
+        await world.api.merge(SERVICES, world.namespace, "demo-gateway", label, manager="person")
+        await world.api.merge(STATEFUL_SETS, world.namespace, "demo-shard", {"spec": {"replicas": 1}}, manager="person")
+
+        async def as_asked() -> bool:
+            found = await world.api.get(STATEFUL_SETS, world.namespace, "demo-shard")
+            return found is not None and found["spec"]["replicas"] == 3
+
+        await world.until("the StatefulSet is as asked again", as_asked)
+        secret = await world.api.get(SECRETS, world.namespace, "demo-credential")
+        deployment = await world.api.get(DEPLOYMENTS, world.namespace, "demo-gateway")
+        assert secret is not None
+        assert deployment is not None
+        uid = deployment["metadata"]["uid"]
+        await world.api.delete(DEPLOYMENTS, world.namespace, "demo-gateway", uid=uid)
+
+        async def back() -> bool:
+            found = await world.api.get(DEPLOYMENTS, world.namespace, "demo-gateway")
+            return found is not None and found["metadata"]["uid"] != uid
+
+        await world.until("the Deployment is back", back)
+        service = await world.api.get(SERVICES, world.namespace, "demo-gateway")
+        assert service is not None
+        assert service["metadata"]["labels"]["team"] == "chat"
+        again = await world.api.get(SECRETS, world.namespace, "demo-credential")
+        assert again is not None
+        assert again["data"] == secret["data"], "the credential is made once"
+
+
+async def test_at_rest_nothing_is_written(world: World) -> None:
+    """Not the ring, not a child: versions stay while the operator looks again and again."""
+    await world.make()
+    await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Progressing", "False/Settled")
+
+    async def versions() -> list[str]:
+        found = [await world.ring()]
+        for resource in (STATEFUL_SETS, DEPLOYMENTS, SERVICES, RING_MAPS, LEASES):
+            labels = f"{RING_LABEL}=demo"
+            found += (await world.api.list(resource, world.namespace, labels=labels)).items
+        return [each["metadata"]["resourceVersion"] for each in found]
+
+    events = (await world.api.list(EVENTS, world.namespace)).items
+    ours = [event for event in events if event.get("reportingComponent") == "fleetlm-operator"]
+    assert {event["reason"] for event in ours} >= {"BringUp", "Settled"} or len(ours) >= 2
+    before = await versions()
+    for number in range(5):  # each is a hint
+        body: Object = {"metadata": {"annotations": {"look": str(number)}}}
+        await world.api.merge(PODS, world.namespace, "demo-shard-0", body, manager="person")
+        await asyncio.sleep(0)
+    assert "did" in world.said()
+    assert await versions() == before
+
+
+async def test_roll_bad_image_and_change_of_mind(world: World) -> None:
+    """One pod at a time; a bad image stops at the first; another version heals without hands."""
+    await world.make()
+    await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace) as nodes:
+        await world.until_reason("Progressing", "False/Settled")
+        await world.edit({"version": "2.0.0"})
+        await world.until_reason("Progressing", "False/Settled")
+        assert await world.images() == ["2.0.0"] * 3
+        assert nodes.unready_at_once == 1
+        await world.edit({"version": "bad"})
+        await world.until_reason("Stalled", "True/ImageUnavailable")
+        assert await world.images() == ["2.0.0", "2.0.0", "bad"]
+        await world.edit({"version": "3.0.0"})
+        await world.until_reason("Progressing", "False/Settled")
+        assert await world.images() == ["3.0.0"] * 3
+        assert nodes.unready_at_once == 1
+
+
+async def test_two_operators_at_once_do_no_harm(world: World) -> None:
+    """Both lead (different Leases): one map, one credential, never two shards away."""
+    await world.make()
+    await world.operator("one", lease="a")
+    await world.operator("two", lease="b")
+    async with PlayedNodes(world.api, world.namespace) as nodes:
+        await world.until_reason("Progressing", "False/Settled")
+        for version in ("2.0.0", "3.0.0"):
+            await world.edit({"version": version})
+            await world.until_reason("Progressing", "False/Settled")
+            assert await world.images() == [version] * 3
+        assert nodes.unready_at_once == 1
+        found = await world.api.get(RING_MAPS, world.namespace, "demo")
+        assert found is not None
+        assert found["spec"]["map"]["epoch"] == 1
+
+
+async def leader(world: World) -> str:
+    """Who leads."""
+    found = await world.api.get(LEASES, world.namespace, "operator")
+    return str(found["spec"].get("holderIdentity") or "") if found else ""
+
+
+@pytest.mark.parametrize(("how", "within_s"), [(signal.SIGTERM, 8.0), (signal.SIGKILL, 20.0)])
+async def test_a_standby_follows(world: World, how: signal.Signals, within_s: float) -> None:
+    """Within moments of a leader that ends, within seconds of one that dies; and it looks after the rings."""
+    first = await world.operator("one")
+
+    async def one_leads() -> bool:
+        return await leader(world) == "one"
+
+    await world.until("one leads", one_leads)
+    await world.operator("two")
+    first.send_signal(how)
+
+    async def two_leads() -> bool:
+        return await leader(world) == "two"
+
+    assert await world.until("two leads", two_leads) < within_s
+    await world.make()
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Ready", "True/Serving")
+    if how == signal.SIGTERM:
+        assert await first.wait() == 0
+
+
+async def test_killed_again_and_again(world: World) -> None:
+    """SIGKILL at growing moments during bring-up and upgrade: each time the next one goes on."""
+    await world.make()
+    async with PlayedNodes(world.api, world.namespace) as nodes:
+        for number in range(4):
+            process = await world.operator("one", lease=f"lease-{number}")
+
+            async def acted(count: int = number) -> bool:
+                return world.said().count('"event":"did"') > 6 * count
+
+            await world.until("it acts", acted)
+            process.kill()
+            await process.wait()
+        await world.operator("one", lease="last")
+        await world.until_reason("Progressing", "False/Settled")
+        await world.edit({"version": "2.0.0"})
+        await world.until_reason("Progressing", "False/Settled")
+        assert nodes.unready_at_once == 1
+
+
+@pytest.mark.parametrize("keep", ["Retain", "Delete"])
+async def test_deletion_ends_without_an_operator(world: World, keep: str) -> None:
+    """By garbage collection: what is left is what Retain asked for, and a new ring goes on with it."""
+    await world.make({"volumeRetention": {"whenDeleted": keep}})
+    process = await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Progressing", "False/Settled")
+        process.kill()
+        await process.wait()
+        ring = await world.ring()
+        await world.api.delete(SHARD_RINGS, world.namespace, "demo", uid=ring["metadata"]["uid"])
+
+        async def left() -> set[str]:
+            found: set[str] = set()
+            for resource in (RING_MAPS, LEASES, PODS, STATEFUL_SETS, DEPLOYMENTS, SERVICES, CLAIMS, SECRETS):
+                listed = await world.api.list(resource, world.namespace, labels="app.kubernetes.io/instance=demo")
+                found |= {resource.kind for _ in listed.items}
+            return found
+
+        async def gone() -> bool:
+            return await left() == ({"RingMap", "PersistentVolumeClaim"} if keep == "Retain" else set())
+
+        await world.until("only what was asked for is left", gone)
+        await world.make({"volumeRetention": {"whenDeleted": keep}})
+        await world.operator("two", lease="another")
+        await world.until_reason("Ready", "True/Serving")
+        found = await world.api.get(RING_MAPS, world.namespace, "demo")
+        assert found is not None
+        assert (found["spec"]["uid"] == ring["metadata"]["uid"]) == (keep == "Retain")
+
+
+async def test_an_orphaned_ring_is_taken_over_without_a_restart(world: World) -> None:
+    """Orphan leaves everything running; the next ShardRing of the name owns it."""
+    await world.make({"deletionPolicy": "Orphan"})
+    await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Progressing", "False/Settled")
+        ring = await world.ring()
+        pods = {pod["metadata"]["uid"] for pod in (await world.api.list(PODS, world.namespace)).items}
+        await world.api.delete(SHARD_RINGS, world.namespace, "demo", uid=ring["metadata"]["uid"])
+        await world.make()
+        await world.until_reason("Progressing", "False/Settled")
+        assert {pod["metadata"]["uid"] for pod in (await world.api.list(PODS, world.namespace)).items} == pods
+        owned = await world.api.get(STATEFUL_SETS, world.namespace, "demo-shard")
+        assert owned is not None
+        assert owned["metadata"]["ownerReferences"][0]["uid"] == (await world.ring())["metadata"]["uid"]
+
+
+async def test_volumes_that_cannot_grow_are_said(world: World) -> None:
+    """The API server's own refusal stands in the condition; new volumes get the size; no pod is restarted."""
+    await world.make()
+    await world.operator("one")
+    async with PlayedNodes(world.api, world.namespace):
+        await world.until_reason("Progressing", "False/Settled")
+        pods = {pod["metadata"]["uid"] for pod in (await world.api.list(PODS, world.namespace)).items}
+        await world.edit({"storage": {"size": "20Gi"}})
+        await world.until_reason("Progressing", "False/StorageNotExpandable")
+
+        async def template() -> bool:
+            found = await world.api.get(STATEFUL_SETS, world.namespace, "demo-shard")
+            if found is None:
+                return False
+            claim = found["spec"]["volumeClaimTemplates"][0]["spec"]
+            return bool(claim["resources"]["requests"]["storage"] == "20Gi")
+
+        await world.until("the claim template has the new size", template)
+        await world.until_reason("Ready", "True/Serving")
+        assert {pod["metadata"]["uid"] for pod in (await world.api.list(PODS, world.namespace)).items} == pods
+
+
+REFUSED: Final[list[tuple[Object, str]]] = [
+    ({"slots": 256}, "make a new ShardRing to have another"),
+    ({"storage": {"size": "9Gi"}}, "a volume cannot shrink"),
+    ({"storage": {"size": "100Mi"}}, "at least 512Mi"),
+    ({"storage": {"className": "other"}}, "volumes cannot change their class"),
+    ({"log": {"segmentSize": "2Gi"}}, "between 4Mi and 1Gi"),
+    ({"hot": {"maxBytes": "1Ki"}}, "at least 1Mi"),
+    ({"drain": {"timeoutSeconds": 100}}, "at least timeoutSeconds + 25"),
+    ({"replicas": 101}, "less than or equal to 100"),
+]
+
+
+async def test_each_rule_refuses_with_its_message(world: World) -> None:
+    """And a smallest ShardRing round-trips: applied again, nothing changes."""
+    await world.make()
+    first = await world.ring()
+    await world.make()
+    assert (await world.ring())["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
+    for spec, words in REFUSED:
+        with pytest.raises(ApiRefused, match=words.replace("+", r"\+")):
+            await world.edit(spec)
+    for name, words in (("9lives", "begin with a letter"), ("x" * 41, "at most 40 characters")):
+        body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": name}}
+        with pytest.raises(ApiRefused, match=words):
+            await world.api.apply(SHARD_RINGS, world.namespace, body, manager="t")
+
+
+async def test_an_epoch_never_goes_back(world: World) -> None:
+    """The API server itself refuses it, and a map without the next epoch, another uid, other slots, no map."""
+
+    def spec(epoch: int, owner: str = "a") -> Object:
+        ranges = [{"first": 0, "last": 7, "owner": owner, "epoch": epoch}]
+        members = [{"name": owner, "volumeId": "v"}]
+        return {
+            "uid": "u",
+            "slots": 8,
+            "shards": 1,
+            "map": {"format": 1, "epoch": epoch, "members": members, "ranges": ranges},
+        }
+
+    async def write(found: Object) -> None:
+        body = {"apiVersion": RING_MAPS.api, "kind": RING_MAPS.kind, "metadata": {"name": "m"}, "spec": found}
+        await world.api.apply(RING_MAPS, world.namespace, body, manager="t")
+
+    await write(spec(1))
+    await write(spec(2))
+    without = {key: value for key, value in spec(3).items() if key != "map"}
+    for refused, words in (
+        (spec(1), "never goes back"),
+        (spec(4), "never jumps"),
+        (spec(2, "b"), "needs the next epoch"),
+        ({**spec(3), "uid": "other"}, "for life"),
+        ({**spec(3), "slots": 9}, "fixed for the life"),
+        (without, "keeps one"),
+    ):
+        with pytest.raises(ApiError, match=words):
+            await write(refused)
+    await write(spec(3))
