@@ -27,7 +27,7 @@ from fleetlm_operator.resources import (
 )
 from tests.support.playedcluster import NAMESPACES, ApiServer, PlayedNodes, started
 
-pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(180)]
 
 WAIT_S: Final = 60.0
 """Two cores that other tests share."""
