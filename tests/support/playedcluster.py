@@ -32,26 +32,15 @@ from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import COMPONENT_LABEL, ENDPOINT_ANNOTATION, INSTANCE_LABEL, LEASES, RING_MAPS
 from fleetlm_operator.observed import is_ready, pod_from
 from fleetlm_operator.resources import PODS
+from tests.cluster import paths
+from tests.cluster.binaries import PROGRAMS, build
 
 ROOT: Final = Path(__file__).parents[2]
-BINARIES: Final = Path.home() / ".cache" / "fleetlm"
 NEEDED: Final = ("etcd", "kube-apiserver", "kube-controller-manager")
 START_S: Final = 90.0
 POLL_S: Final = 0.1
 NAMESPACES: Final = Resource("v1", "Namespace", "namespaces")
 CRDS: Final = Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions")
-
-
-def binaries() -> Path:
-    """The folder that has the programs.
-
-    Raises:
-        AssertionError: there is none; says what makes it.
-    """
-    for folder in sorted(BINARIES.glob("kubernetes-*"), reverse=True):
-        if all((folder / name).exists() for name in NEEDED):
-            return folder
-    raise AssertionError(f"{', '.join(NEEDED)} are not in {BINARIES}: `make cluster` builds them")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -82,6 +71,7 @@ class ApiServer:
 
     def start(self) -> None:
         """Start etcd and the API server."""
+        build([each for each in PROGRAMS if each.name in NEEDED])
         client, peer, secure = self._ports
         (self.folder / "tokens.csv").write_text('admin-token,admin,admin,"system:masters"\n')
         user = {"name": "admin", "user": {"token": "admin-token"}}
@@ -141,7 +131,7 @@ class ApiServer:
     def _spawn(self, name: str, *arguments: str) -> None:
         log = (self.folder / f"{name}.log").open("wb")
         with log:
-            command = [str(binaries() / name), *arguments]
+            command = [str(paths.BINARIES / name), *arguments]
             self._processes[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def stop(self) -> None:
