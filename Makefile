@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim clean
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,20 +36,30 @@ check: setup ## ruff, mypy strict, pyright strict, import-linter, tidy, dependen
 audit: setup ## known vulnerabilities in the locked dependencies (says so when the data cannot be reached)
 	@bash tests/support/audit.sh $(UV) $(RUN)
 
-test: setup ## every test; what needs root (loop mounts) or Go 1.26 (a real API server) is left out without, and it says so
-	@without=; if [ "$$(id -u)" != 0 ]; then without="not root"; \
+test: setup ## every test but those marked `long` (make faults); what needs root (loop mounts) or Go 1.26 (a real API server) is left out without, and it says so
+	@without="not long"; echo "tests marked 'long' are left out; 'make faults' runs them"; \
+	if [ "$$(id -u)" != 0 ]; then without="$$without and not root"; \
 	echo "not root: tests marked 'root' (full file systems on loop mounts) are left out; 'sudo make test' runs them"; fi; \
 	if ! ls "$$HOME"/.cache/fleetlm/kubernetes-*/kube-apiserver >/dev/null 2>&1 && \
 	! PATH="$$PATH:/usr/local/go/bin:/usr/lib/go/bin" go version 2>/dev/null | grep -q go1.26; then \
-	without="$${without:+$$without and }not apiserver"; \
+	without="$$without and not apiserver"; \
 	echo "no Go 1.26: tests marked 'apiserver' (a real Kubernetes API server, built from Go modules) are left out"; fi; \
-	$(RUN)/pytest -q $(PARALLEL) $${without:+-m "$$without"}
+	$(RUN)/pytest -q $(PARALLEL) -m "$$without"
 
 sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failures print how to replay them
 	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1))
 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
+
+fuzz: setup ## malformed frames and requests at every entrance, by hand: make fuzz N=100000 [SEED=7]
+	$(RUN)/python -m tests.fuzz.run --count $(or $(N),100000) $(if $(SEED),--seed $(SEED))
+
+faults: setup ## bad networks, frozen processes, exhausted machines, jumping clocks: the long tests, by hand (as root: all)
+	$(RUN)/pytest -q -m long tests/integration
+
+soak: setup ## moderate load, kills and pauses for long, by hand: make soak MINUTES=60 [SEED=7]
+	$(RUN)/python -m tests.integration.soak --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 
 bench: setup ## everything that `fleetlm bench` measures, briefly: end to end closed and open loop, fan-out, idle, replay, boot
 	$(RUN)/python -m tests.bench.lot

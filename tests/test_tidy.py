@@ -31,6 +31,8 @@ BORDERS: Final = {
 """Module names that may ask the machine for time and randomness, each with its reason."""
 
 REAL_PAUSES: Final = {
+    "tests/integration/test_faults_network.py": "a network is bad for so long: the length is the fault",
+    "tests/integration/test_faults_processes.py": "a process is frozen for longer than every heartbeat: the same",
     "tests/integration/test_gateway_inner.py": "kills processes at random moments under load: the moments are the test",
 }
 """Test modules that may pause in real time, each with its reason."""
@@ -200,7 +202,7 @@ def test_tests_do_not_sleep() -> None:
 
 
 def test_no_test_skips() -> None:
-    """What cannot run here says why and fails; only the marker `root`, announced by `make test`, leaves tests out."""
+    """What cannot run here says why and fails; only `root` and `long`, announced by `make test`, leave tests out."""
     skipping = re.compile(r"\b(skip|skipif|importorskip|SkipTest|xfail)\b(?!\s*=)")
     found = [
         f"{place(path, node)} {ast.unparse(node)}"
@@ -211,9 +213,10 @@ def test_no_test_skips() -> None:
     none_of(found, "a test that may skip")
 
 
-def test_the_tables_of_testing_name_real_tests() -> None:
-    """Each test that docs/testing.md names exists, and each command of the track record selects one."""
-    text = (ROOT / "docs" / "testing.md").read_text()
+@pytest.mark.parametrize("page", ["testing.md", "operations/failures.md"])
+def test_the_tables_of_docs_name_real_tests(page: str) -> None:
+    """Each test that a page names exists, and each command of the track record selects one."""
+    text = (ROOT / "docs" / page).read_text()
     named = re.findall(r"`(tests/\S+?\.py)::(\w+)`", text)
     missing = [f"{file}::{name}" for file, name in named if name not in names_in(ROOT / file)]
     commands = re.findall(r"`pytest (tests/\S+?\.py) -k (\w+)`", text)
@@ -221,8 +224,7 @@ def test_the_tables_of_testing_name_real_tests() -> None:
         f"{file} -k {word}" for file, word in commands if not any(word in name for name in names_in(ROOT / file))
     ]
     assert named
-    assert commands
-    none_of(missing, "docs/testing.md names what is not there")
+    none_of(missing, f"docs/{page} names what is not there")
 
 
 def names_in(path: Path) -> set[str]:

@@ -20,7 +20,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from fleetlm_common.clock import SystemClock
-from fleetlm_common.logs import NullLogger
+from fleetlm_common.logs import Level, Logger, NullLogger, Value
 from fleetlm_gateway import wsframes
 from fleetlm_gateway.config import GatewayConfig
 from fleetlm_gateway.front import Front
@@ -100,8 +100,8 @@ class FrontRig:
 
 
 @asynccontextmanager
-async def front_rig(**settings: Any) -> AsyncGenerator[FrontRig]:
-    """Run an outer half with `settings` of `GatewayConfig`."""
+async def front_rig(*, log: Logger | None = None, **settings: Any) -> AsyncGenerator[FrontRig]:
+    """Run an outer half with `settings` of `GatewayConfig`; its events go to `log`."""
     settings.setdefault("drain_window_ms", 100)
     config = GatewayConfig(control="file:/nowhere", credential_file="none", **settings)
     registry = CollectorRegistry()
@@ -111,7 +111,7 @@ async def front_rig(**settings: Any) -> AsyncGenerator[FrontRig]:
         config=config,
         boundary=boundary,
         metrics=OuterMetrics(registry),
-        log=NullLogger(),
+        log=log or NullLogger(),
         clock=SystemClock(),
         entropy=random.Random(1),
     )
@@ -125,6 +125,17 @@ async def front_rig(**settings: Any) -> AsyncGenerator[FrontRig]:
             await client.close()
         await front.close()
         await boundary.stop()
+
+
+class EventList:
+    """A logger that keeps name and level of each event."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def event(self, name: str, /, *, level: Level = "info", **_: Value) -> None:
+        """See `Logger`."""
+        self.said.append((name, level))
 
 
 class Closed(Exception):

@@ -120,7 +120,7 @@ class History:
         self._step = 0
         self._final: dict[str, list[Entry]] = {}
         self._final_gaps: dict[str, list[tuple[int, int]]] = {}
-        self._delivered: dict[tuple[str, int], Entry] = {}
+        self._delivered: dict[str, dict[int, Entry]] = defaultdict(dict)
         self._asked: dict[tuple[str, str], int] = {}
         self.delivered = 0
 
@@ -182,7 +182,7 @@ class History:
         if entry.seq != stream.cursor + 1:
             self._say("stream", stream.session, f"{stream.reader} got seq {entry.seq} after {stream.cursor}")
         stream.cursor = max(stream.cursor, entry.seq)
-        known = self._delivered.setdefault((stream.session, entry.seq), entry)
+        known = self._delivered[stream.session].setdefault(entry.seq, entry)
         if known != entry:
             self._say("changed", stream.session, f"{stream.reader} got {entry}, another reader {known}")
 
@@ -238,7 +238,7 @@ class History:
         by_session: dict[str, list[Invocation]] = defaultdict(list)
         for invocation in self.invocations:
             by_session[invocation.session].append(invocation)
-        for session in sorted({*by_session, *self._final, *(session for session, _ in self._delivered)}):
+        for session in sorted({*by_session, *self._final, *self._delivered}):
             if session not in self._final:
                 self._say("lost", session, "the session was not read at the end")
                 continue
@@ -268,8 +268,8 @@ class History:
             expected = entry.seq + 1
         if gaps and not self.gaps_allowed:
             self._say("gap", session, f"the replay from 0 has gaps {self._final_gaps[session]}")
-        for (name, seq), entry in self._delivered.items():
-            if name == session and log.get(seq) != entry and not self._in_gap(session, seq):
+        for seq, entry in self._delivered.get(session, {}).items():
+            if log.get(seq) != entry and not self._in_gap(session, seq):
                 self._say("changed", session, f"a reader got {entry}, the log has {log.get(seq)}")
 
     def _in_gap(self, session: str, seq: int) -> bool:

@@ -147,6 +147,10 @@ def zeroed(path: Path) -> None:
     path.write_bytes(b"\0" * path.stat().st_size)
 
 
+def no_text(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"shard-0", b"shard\xff0"))
+
+
 def huge(path: Path) -> None:
     path.write_bytes(b" " * (filecontrol.FILE_BYTES_MAX + 1))
 
@@ -216,7 +220,7 @@ async def test_a_watcher_keeps_the_last_good_spec(
     later.cancel()
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda it: it.__name__)
+@pytest.mark.parametrize("damage", [*DAMAGES, no_text], ids=lambda it: it.__name__)
 async def test_a_damaged_announcement_hides_no_other(
     folder: Path, plane: FileControlPlane, damage: Callable[[Path], None]
 ) -> None:

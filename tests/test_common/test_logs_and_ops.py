@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import re
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -86,3 +89,31 @@ async def test_the_operations_port() -> None:
                 assert "fleetlm_test_moves_total 3.0" in await answer.text()
     finally:
         await server.stop()
+
+
+async def test_every_process_says_what_it_holds() -> None:
+    """Tasks, descriptors, memory and CPU are on the operations port, documented, and a task more shows as one more."""
+    registry = CollectorRegistry()
+    server = OpsServer(registry=registry, ready=lambda: Health(ok=True, reason="Ready"))
+    url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}/metrics"
+    idle = asyncio.create_task(asyncio.Event().wait())
+    try:
+        async with aiohttp.ClientSession() as http:
+            before = await _tasks_of(http, url)
+            idle.cancel()
+            await asyncio.gather(idle, return_exceptions=True)
+            assert await _tasks_of(http, url) == before - 1
+            async with http.get(url) as answer:
+                shown = set(re.findall(r"^# TYPE (\w+)", await answer.text(), re.MULTILINE))
+    finally:
+        await server.stop()
+    page = (Path(__file__).parents[2] / "docs" / "operations" / "metrics.md").read_text()
+    section = page.split("## Every process\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`((?:fleetlm_)?process_\w+)`", section)) == shown
+
+
+async def _tasks_of(http: aiohttp.ClientSession, url: str) -> float:
+    async with http.get(url) as answer:
+        found = re.search(r"^fleetlm_process_tasks (\S+)", await answer.text(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])

@@ -138,6 +138,16 @@ def test_what_is_no_frame_is_malformed(data: bytes) -> None:
         phoenix.decode(data)
 
 
+@pytest.mark.parametrize("tail", [b"{}", b"{bad"])
+@pytest.mark.parametrize(
+    "ref", [b'"\\x"', b'"\\u12"', b'"\\ud800"', b'"a\nb"', b"01", b"1.5", b"1e5", b"true", b'"' + b"x" * 127 + b'"']
+)
+def test_a_ref_that_no_parser_takes_is_not_echoed(ref: bytes, tail: bytes) -> None:
+    """Echoing it would make the server's own frame unreadable; long ones would make it large."""
+    with pytest.raises(phoenix.Malformed):
+        phoenix.decode(b"[null," + ref + b',"session:a","append",' + tail + b"]")
+
+
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_any_bytes_are_a_frame_or_malformed(data: bytes) -> None:
     """No bytes make the decoder raise anything else."""

@@ -14,7 +14,7 @@ from fleetlm_common.errors import Conflict, FleetError, TryAgain
 from fleetlm_common.limits import CLIENT_LIMITS
 from fleetlm_gateway import openapi
 from tests.support.eventually import eventually
-from tests.support.frontrig import FrontRig, front_rig, on_uvloop
+from tests.support.frontrig import DEADLINE_S, EventList, FrontRig, front_rig, on_uvloop
 
 ALICE: dict[str, Any] = {"X-Participant-Id": "alice"}
 PROBLEM = "application/problem+json"
@@ -102,7 +102,7 @@ async def test_idempotency_key_header() -> None:
         assert (await call(rig, "POST", url, json=body, Idempotency_Key="k", **ALICE))[1]["field"] == "idempotency_key"
 
 
-@pytest.mark.parametrize("name", ["a/b", "50%25", "日本", "?x=1#y", "a b+c", "x" * 128, "\x00", "~"])
+@pytest.mark.parametrize("name", ["a/b", "{a}", "50%25", "日本", "?x=1#y", "a b+c", "x" * 128, "\x00", "~"])
 @on_uvloop
 async def test_ids_are_percent_encoded(name: str) -> None:
     """Any id reaches its session through the path."""
@@ -147,6 +147,7 @@ async def test_ids_are_percent_encoded(name: str) -> None:
         ("POST", "/v1/sessions", b"{}", {"Content_Encoding": "gzip"}, 415, "INVALID", "Content-Encoding"),
         ("POST", "/v1/sessions/s/messages", b'{"content":1}', {}, 401, "UNAUTHENTICATED", "participant_id"),
         ("POST", "/v1/sessions/s/messages", b"{}", ALICE, 400, "INVALID", "content"),
+        ("POST", "/v1/sessions/s/messages", b'{"content":"\xff", "content":1}', ALICE, 400, "INVALID", "body"),
         ("POST", "/v1/sessions/s/messages", b"", ALICE, 400, "INVALID", "payload"),
         ("POST", "/v1/sessions/s/messages", b" " * 262_145, ALICE, 413, "TOO_LARGE", "body"),
         ("POST", "/v1/sessions/s/messages", b'{"content":"%b"}' % (b"x" * 65_536), ALICE, 413, "TOO_LARGE", "content"),
@@ -313,3 +314,29 @@ async def test_http_connections_are_closed_in_order() -> None:
         rig.boundary.gate.set()
         assert (await under_way)[0] == 200
         await draining
+
+
+@on_uvloop
+async def test_what_clients_send_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are no HTTP, broken chunks, a client that leaves amid its body: answered or ended, no fault."""
+    head = (
+        b"POST /v1/sessions/s/messages HTTP/1.1\r\nHost: g\r\nX-Participant-Id: a\r\nContent-Type: application/json\r\n"
+    )
+    events = EventList()
+    async with front_rig(log=events) as rig:
+        for garbage in (
+            b"\x16\x03\x01\x02\x00\x01",
+            b"GET / HTTP/1.1\r\nX-\x00: 1\r\n\r\n",
+            head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            head + b"Content-Length: 10\r\n\r\n{",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(garbage)
+            writer.write_eof()
+            await asyncio.wait_for(reader.read(), DEADLINE_S)
+            writer.close()
+        async with rig.http.get(f"{rig.url}/v1/limits") as answer:
+            assert answer.status == 200
+    assert [name for name, level in events.said if level != "debug" and name != "socket_closed"] == []
+    assert ("http_malformed", "debug") in events.said
+    assert capsys.readouterr().err == ""

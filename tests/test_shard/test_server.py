@@ -64,6 +64,8 @@ async def test_nothing_is_answered_before_hello(kind: int) -> None:
         msgspec.msgpack.encode([1, 5, []]),
         msgspec.msgpack.encode([1, "s", [[["k"]]]]),
         msgspec.msgpack.encode({"epoch": 1}),
+        b"\x99\x01\xa2\xff\xfe" + b"\x90" * 7,
+        b"\x9b" + b"\x01" * 10 + b"\x91" * 100_000,
         msgspec.msgpack.encode([1, "s", "x" * 100]),
     ],
 )

@@ -40,6 +40,7 @@ from fleetlm_common.control import (
     View,
     replaces,
 )
+from fleetlm_common.decoding import UNREADABLE
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, RingMap
 
@@ -99,7 +100,7 @@ def read_status(folder: Path) -> Status | None:
     try:
         raw = _read_file(folder / STATUS_FILE)
         return None if raw is None else msgspec.json.decode(raw, type=Status)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
 
 
@@ -237,7 +238,7 @@ def _merged_spec(seen: RingSpec | None, raw: bytes | None) -> RingSpec:
         raise ValueError(f"there is no {SPEC_FILE}")
     try:
         spec = msgspec.json.decode(raw, type=RingSpec)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ValueError(f"{SPEC_FILE} is damaged: {error}") from error
     if seen is not None and (spec.uid, spec.slots) != (seen.uid, seen.slots):
         raise ValueError(f"{SPEC_FILE} names another ring than before")
@@ -280,7 +281,7 @@ def _endpoint(data: bytes | None) -> ShardEndpoint | None:
         return None
     try:
         return msgspec.json.decode(data, type=ShardEndpoint)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 
@@ -311,7 +312,7 @@ def _parsed(folder: Path, name: str, kind: type[T]) -> T | None:
     raw = _read_file(folder / name)
     try:
         return None if raw is None else msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise ControlPlaneUnavailable(f"{folder}: {name} is damaged: {error}") from error
 
 

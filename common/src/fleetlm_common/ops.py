@@ -1,17 +1,18 @@
 """The operations port: liveness, readiness with its reason, metrics, and a component's admin routes.
 
 Promise: `/health/ready` says what the component itself says, with the reason; the port answers while the component is
-still starting. Must not be done here: deciding readiness (the component passes a function), anything that clients of
-FleetLM use.
+still starting; `/metrics` says of every process alike what it holds (memory, CPU, descriptors, tasks).
+Must not be done here: deciding readiness (the component passes a function), anything that clients of FleetLM use.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 
@@ -28,7 +29,7 @@ class OpsServer:
     """HTTP on a port of its own.
 
     Args:
-        registry: what `/metrics` shows.
+        registry: what `/metrics` shows; the process's own series are added to it.
         ready: asked at each `/health/ready`; 200 or 503 with reason and message.
         live: asked at each `/health/live`.
         routes: the component's admin API.
@@ -43,6 +44,9 @@ class OpsServer:
         routes: Iterable[web.RouteDef] = (),
     ) -> None:
         self._registry = registry
+        ProcessCollector(registry=registry)
+        tasks = Gauge("fleetlm_process_tasks", "asyncio tasks that have not ended", registry=registry)
+        tasks.set_function(_tasks)
         self._ready = ready
         self._live = live
         self._app = web.Application()
@@ -83,6 +87,14 @@ class OpsServer:
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _tasks() -> float:
+    """How many tasks the loop has; 0 where there is no loop (a registry that is looked at from outside)."""
+    try:
+        return float(len(asyncio.all_tasks()))
+    except RuntimeError:
+        return 0.0
 
 
 def _answer(health: Health) -> web.Response:

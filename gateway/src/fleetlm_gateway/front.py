@@ -20,6 +20,7 @@ from fleetlm_gateway.boundary import Boundary
 from fleetlm_gateway.config import GatewayConfig
 from fleetlm_gateway.drafts import Keys
 from fleetlm_gateway.httpapp import HttpApp
+from fleetlm_gateway.httplog import http_logger
 from fleetlm_gateway.hub import Hub
 from fleetlm_gateway.metrics import OuterMetrics
 from fleetlm_gateway.rest import Rest
@@ -63,6 +64,7 @@ class Front:
         self._runner = web.AppRunner(
             self.app,
             access_log=None,
+            logger=http_logger(log),
             auto_decompress=False,
             keepalive_timeout=KEEP_ALIVE_S,
             shutdown_timeout=REQUEST_DEADLINE_S,

@@ -116,6 +116,9 @@ class HttpApp:
             return problem(refused, status=405, headers={"Allow": allowed})
         except web.HTTPNotFound:
             return problem(NotFound("no such path; /openapi.json lists them", reason="no_such_path"))
+        except (ConnectionError, web.RequestPayloadError) as error:
+            # The client hung up, or broke the body's framing: no fault of ours, and mostly nobody left to be told.
+            return problem(Invalid(f"the body did not arrive whole: {error}", reason="body_incomplete", field="body"))
         except Exception as error:  # noqa: BLE001 - the border: a fault of ours is logged and still answered
             self._log.event("http_fault", level="error", error=type(error).__name__, message=str(error))
             return problem(TryAgain("a fault of the gateway; it was logged", reason="unavailable"), status=500)

@@ -49,6 +49,7 @@ class Malformed(Exception):
 
 _DECODE: Final = msgspec.json.Decoder(_Frame).decode
 _TEXT: Final = msgspec.json.Decoder(str).decode
+_ANY: Final = msgspec.json.Decoder().decode
 _ENCODE: Final = msgspec.json.Encoder().encode
 
 
@@ -72,8 +73,23 @@ def decode(data: bytes) -> Frame:
 
 
 def _check_ref(ref: bytes, name: str) -> None:
-    if ref[0] not in b'"n-0123456789' or len(ref) > REF_BYTES_MAX:
+    if not (ref == NULL or (ref[:1] == ref[-1:] == b'"' and ref[1:-1].isalnum()) or _is_odd_ref(ref)):
         raise Malformed(f"{name} must be a string, an integer or null of at most {REF_BYTES_MAX} bytes")
+    if len(ref) > REF_BYTES_MAX:
+        raise Malformed(f"{name} is longer than {REF_BYTES_MAX} bytes")
+
+
+def _is_odd_ref(ref: bytes) -> bool:
+    r"""Whether it is JSON, and of a type that a ref may have.
+
+    What is kept raw was skipped, not read: `"\x"` or `01` would go back to the client in a frame that no parser takes.
+    """
+    if len(ref) > REF_BYTES_MAX:
+        return True
+    try:
+        return type(_ANY(ref)) in {str, int}
+    except msgspec.DecodeError:
+        return False
 
 
 def _head_only(data: bytes, error: Exception) -> Frame:

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from fleetlm_common.config import host_port
 from fleetlm_common.ops import Health, OpsServer
+from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_gateway.boundary import Boundary
 from fleetlm_gateway.front import HTTP_CONNECTIONS_MAX, Front
 from fleetlm_gateway.metrics import InnerMetrics, OuterMetrics
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from fleetlm_gateway.config import GatewayConfig
 
 PREFIX: Final = "FLEETLM_GATEWAY_"
+EXIT_FAILED: Final = 74
+"""There was no memory (EX_IOERR, as the shard): clients connect again, to another gateway or to the next process."""
 _OTHER_FILES: Final = 512
 """Descriptors besides clients': connections to shards (256 at the most), ports, files of the control plane."""
 
@@ -101,6 +104,7 @@ class GatewayProcess:
             OSError: a port cannot be had; `filename` names the variable.
         """
         loop = asyncio.get_running_loop()
+        end_when_out_of_memory(loop, status=EXIT_FAILED)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self._allow_files()

@@ -29,7 +29,9 @@ from fleetlm_gateway.jsontext import compact, decode_fields, encode
 BODY_S_MAX: Final = 10.0
 """For a body to arrive: as long as a request may take."""
 KEY_HEADER: Final = "Idempotency-Key"
-_MESSAGES: Final = "/v1/sessions/{id}/messages"
+_ID: Final = "{id:[^/]+}"
+"""Any segment; aiohttp's own `{id}` takes no braces, which an id may hold."""
+_MESSAGES: Final = f"/v1/sessions/{_ID}/messages"
 
 
 class _Create(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -93,11 +95,11 @@ class Rest:
             web.get("/v1/limits", self._get_limits),
             web.get("/v1/sessions", self._get_sessions),
             web.post("/v1/sessions", self._post_session),
-            web.get("/v1/sessions/{id}", self._get_session),
+            web.get(f"/v1/sessions/{_ID}", self._get_session),
             web.get(_MESSAGES, self._get_messages),
             web.post(_MESSAGES, self._post_messages),
-            web.put("/v1/sessions/{id}/read", self._put_read),
-            web.get("/v1/participants/{id}/inbox", self._get_inbox),
+            web.put(f"/v1/sessions/{_ID}/read", self._put_read),
+            web.get(f"/v1/participants/{_ID}/inbox", self._get_inbox),
         ]
 
     async def _get_limits(self, request: web.Request) -> web.Response:
@@ -223,8 +225,14 @@ async def _body(request: web.Request) -> bytes:
         raise Invalid("the body must be application/json", reason="content_type", field="Content-Type")
     try:
         async with asyncio.timeout(BODY_S_MAX):
-            return await request.read()
+            body = await request.read()
     except TimeoutError as error:
         raise Invalid(
             f"the body did not arrive within {BODY_S_MAX:.0f} s", reason="body_timeout", field="body"
         ) from error
+    try:
+        # Here, once: what is kept raw further on is skipped, not read, and what looks at it later expects text.
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise Invalid(f"the body is not UTF-8: {error.reason}", reason="malformed_json", field="body") from error
+    return body

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from fleetlm_common import rpc
+from fleetlm_common.decoding import UNREADABLE
 from fleetlm_common.errors import ErrorBody, FleetError, TryAgain, TryAgainReason, from_body
 from fleetlm_common.logs import Logger
 from fleetlm_common.rpc import Kind
@@ -230,7 +231,7 @@ class ShardLink:
                 await self._serve(target)
             except TimeoutError:
                 self.why = f"{target.host}:{target.port} did not answer in time"
-            except (OSError, _Refused, msgspec.MsgspecError) as error:
+            except (OSError, _Refused, *UNREADABLE) as error:
                 self.why = str(error) or type(error).__name__
             finally:
                 # Also when the link is closed: nobody may wait for ever.
@@ -358,7 +359,7 @@ class ShardLink:
                 del self._subscriptions[ident]
         try:
             on_reply(kind, payload)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             self._log.event("link.bad_frame", level="error", shard=self.shard, kind=kind, error=str(error))
             on_reply(LOST, b"")
             if self._wire is not None:
@@ -375,7 +376,7 @@ class ShardLink:
         elif self._handshake is not None and not self._handshake.done():
             try:
                 self._handshake.set_result(_welcome(kind, payload))
-            except (_Refused, msgspec.MsgspecError) as error:
+            except (_Refused, *UNREADABLE) as error:
                 self._handshake.set_exception(error)
 
 

@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from fleetlm_common import rpc
+from fleetlm_common.decoding import UNREADABLE
 from fleetlm_common.errors import FleetError, Moved, Rejected, TryAgain
 from fleetlm_common.ids import SessionId
 from fleetlm_common.rpc import Kind
@@ -196,7 +197,7 @@ class Stream:
             for chunk in self._tail.after(reader.cursor):
                 if not reader.take(chunk):
                     return
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             # A push that is not what it says cannot be cut; pages hold the same messages one by one.
             self._restart_tail(self._tail.last_seq)
             self._want_page(reader)

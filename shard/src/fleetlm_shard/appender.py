@@ -523,6 +523,15 @@ class Appender:
         return self._free_bytes
 
     @property
+    def full(self) -> bool:
+        """Whether the next append of any size could be refused for want of space."""
+        config, rest = self._config, self._planned.header.end_pos_max - self._end_pos
+        no_segment = self._prepared is None and self._prepare_refused
+        return self._free_bytes < config.reserve_bytes or (
+            no_segment and rest < config.batch_bytes_max + BATCH_FRAME_BYTES
+        )
+
+    @property
     def stopped(self) -> BaseException | None:
         """Why nothing is durable any more."""
         return self._stopped

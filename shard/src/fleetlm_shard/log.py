@@ -452,6 +452,11 @@ class Log:
         return self._damage
 
     @property
+    def full(self) -> bool:
+        """Whether appends are, or with the next one may be, refused because the volume has no space for them."""
+        return self._appender.full
+
+    @property
     def stats(self) -> LogStats:
         """Counters and sizes, as of now."""
         stats, appender = self._stats, self._appender

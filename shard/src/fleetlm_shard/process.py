@@ -27,6 +27,7 @@ from fleetlm_common.config import host_port
 from fleetlm_common.control import ControlPlaneUnavailable, ShardEndpoint
 from fleetlm_common.ids import ShardName
 from fleetlm_common.ops import Health, OpsServer
+from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_shard import admin
 from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
 from fleetlm_shard.config import PREFIX
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 EXIT_FENCED: Final = 70
 """A younger process holds the volume."""
 EXIT_FAILED: Final = 74
-"""The disk, or the log on it, failed (EX_IOERR): only a restart that reads the files knows what is there."""
+"""The disk, the log on it, or memory failed (EX_IOERR): only a restart that reads the files knows what is there."""
 EXIT_LEFT: Final = 75
 """A younger process asked for the volume (EX_TEMPFAIL)."""
 ANNOUNCE_S: Final = 0.2
@@ -130,6 +131,7 @@ class ShardProcess:
         Raises:
             OSError: the operations port cannot be listened on.
         """
+        end_when_out_of_memory(self._loop, status=EXIT_FAILED)
         host, port = host_port(self._config.ops_listen, variable=PREFIX + "OPS_LISTEN")
         self._ops_port = await self._ops.start(host, port)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,6 +10,8 @@ from typing import Final
 
 import msgspec
 
+from fleetlm_common.decoding import UNREADABLE
+
 COMPARED_FIELDS: Final = ("sender_id", "sender_kind", "kind", "content", "metadata")
 """What must be equal for a dedupe (design §5)."""
 
@@ -22,7 +24,7 @@ def same_fragment(stored_json: bytes, fragment: bytes) -> bool:
     try:
         stored: object = msgspec.json.decode(stored_json)
         fresh: object = msgspec.json.decode(b"{%b}" % fragment)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return False
     if not isinstance(stored, dict) or not isinstance(fresh, dict):
         return False
@@ -35,7 +37,7 @@ def same_value(one: bytes, two: bytes) -> bool:
         return True
     try:
         return _same(msgspec.json.decode(one), msgspec.json.decode(two))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return False
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from fleetlm_common import rpc
+from fleetlm_common.decoding import UNREADABLE
 from fleetlm_common.errors import FleetError, Invalid, Moved, TryAgain, Unauthenticated
 from fleetlm_common.ids import SessionId, Slot, Term, checked_id
 from fleetlm_common.logs import Logger
@@ -268,7 +269,7 @@ class Connection:
         else:
             try:
                 hello = _decode_hello(payload)
-            except msgspec.MsgspecError as broken:
+            except UNREADABLE as broken:
                 error = Invalid(f"HELLO cannot be read: {broken}", field="payload")
             else:
                 error = server.credentials.refusal(hello)
@@ -313,7 +314,7 @@ class Connection:
                 server.sequencer.append(session, request, partial(self._appended, ident))
         except FleetError as error:
             self._answer_error(ident, error)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             self._answer_error(ident, Invalid(f"APPEND cannot be read: {error}", field="payload"))
 
     async def _append_cold(self, ident: int, request: rpc.Append) -> None:
@@ -384,8 +385,12 @@ class Connection:
             self._answer_error(ident, error)
         except LogError as error:
             self._answer_error(ident, refusal(error))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             self._answer_error(ident, Invalid(f"the payload cannot be read: {error}", field="payload"))
+        except MemoryError as error:
+            # To the loop's handler, which ends the process (`outofmemory.py`): what this left half done is unknown.
+            asyncio.get_running_loop().call_exception_handler({"message": "out of memory", "exception": error})
+            raise
         except Exception as error:  # noqa: BLE001  a mistake of ours must not leave a request without its answer
             self.server.failed += 1
             self.server.log.event("request.failed", level="error", error=repr(error))

@@ -217,8 +217,8 @@ class Shard:
             return Health(ok=False, reason=standing, message="the ring map binds this shard to another volume")
         if standing == "NotMember":
             return Health(ok=False, reason=standing, message="no ring map names this shard yet")
-        if self.log.stats.free_bytes < self.config.disk_reserve_bytes:
-            return Health(ok=False, reason="DiskFull", message="only the reserve is left on the volume")
+        if self.log.full:
+            return Health(ok=False, reason="DiskFull", message="the volume has no space for a further segment")
         if self.ownership.opening:
             return Health(ok=False, reason="OpeningSlots", message="slots of the ring map are being opened")
         if self.log.damage:

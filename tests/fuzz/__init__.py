@@ -1,0 +1,1 @@
+"""Malformed frames and requests, mutated from valid ones: see `run.py`."""
