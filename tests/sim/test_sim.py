@@ -15,7 +15,7 @@ from tests.sim.plants import PLANTS, Plant, find
 from tests.sim.world import run_seed
 
 SEEDS = 200
-PART = 20
+PART = 10
 ROOT = Path(__file__).parent.parent.parent
 PLANT_SEEDS = 6
 """From the one that found a plant when it was recorded: seeds shift a little with the code."""
