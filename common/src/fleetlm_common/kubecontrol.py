@@ -258,7 +258,7 @@ class KubernetesControlPlane:
                 version = None
             except ApiError as error:
                 self._troubles[what.resource.plural] = f"{self}: {error}"
-                if not progressed:  # perhaps the version itself is the trouble, as after a restore from a backup
+                if error.status and not progressed:  # perhaps it dislikes the version, as after a restore from a backup
                     version = None
             failures = 1 if progressed else failures + 1
             await self._sleep(self._entropy.uniform(0, min(RETRY_CAP_S, RETRY_BASE_S * 2 ** min(failures, 16))))
