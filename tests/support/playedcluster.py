@@ -16,7 +16,7 @@ import json
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -146,7 +146,7 @@ class ApiServer:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[ApiServer]:
+def started(folder: Path) -> Generator[ApiServer]:
     """A server with FleetLM's resources, for as long as the context lasts."""
     server = ApiServer(folder)
     try:
