@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean images cluster cluster-down
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,15 @@ bench-peers: setup ## durable appends beside Redis, PostgreSQL and NATS, interle
 
 docs: setup ## write docs/kubernetes/reference.md anew from the schemas in crds/
 	$(RUN)/python -m tests.support.crdreference
+
+images: setup ## container images (Docker, or buildah and debootstrap with root), saved as one archive below ~/.cache/fleetlm
+	$(RUN)/python -m tests.cluster.images
+
+cluster: setup ## a real Kubernetes of three nodes on this machine without Docker; needs root and, the first time, Go 1.26 and minutes
+	$(RUN)/python -m tests.cluster up
+
+cluster-down: setup ## remove it, or what a dead run left of one
+	$(RUN)/python -m tests.cluster down
 
 up: setup ## three shards, a gateway and a controller on this machine; Ctrl-C stops them
 	$(RUN)/fleetlm up

@@ -29,7 +29,6 @@ PODS: Final = "10.89"
 SERVICES: Final = "10.90.0"
 """First octets of the hosts' network (/24), of the pods' (a /24 a node) and of the service range (/24)."""
 KUBECONFIG: Final = RUN / "admin.kubeconfig"
-ARCHIVE: Final = IMAGES / "fleetlm.tar"
 REGISTRY: Final = "localhost"
 """Registry part of the images' names: nothing is ever pulled, so it names no server."""
 
