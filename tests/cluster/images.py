@@ -149,7 +149,8 @@ def _by_buildah(context: Path, made: Path) -> None:
     _base()
     layout = made.parent / "layout"
     dockerfile = paths.ROOT / "images" / "Dockerfile"
-    options = ("--isolation", "chroot", "--network", "none", "--layers", "--build-arg", f"BASE={BASE}")
+    # Chroot isolation has no network of its own; the build asks for nothing (--no-index).
+    options = ("--isolation", "chroot", "--network", "host", "--layers", "--build-arg", f"BASE={BASE}")
     for target in TARGETS:
         with Step(f"image {target} by buildah"):
             line = (
