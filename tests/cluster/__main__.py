@@ -1,4 +1,4 @@
-"""The command line: `python -m tests.cluster up|down|status|load|exec|stop|start|freeze|thaw|ctr …`."""
+"""The command line: `python -m tests.cluster build|up|down|status|load|exec|stop|start|freeze|thaw|ctr …`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.cluster import lifecycle, nodes, paths, processes
+from tests.cluster import binaries, lifecycle, nodes, paths, processes
 from tests.cluster.say import ClusterError, Step, say
 
 
@@ -24,6 +24,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
+    build = verbs.add_parser("build", help="build programs that are missing in the cache")
+    build.add_argument("names", nargs="*", help="all of them if none is named")
     up = verbs.add_parser("up", help="bring a cluster up")
     up.add_argument("--nodes", type=int, default=3)
     up.add_argument("archives", nargs="*", type=Path, help="image archives that every node gets")
@@ -43,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(asked: argparse.Namespace) -> int:
     match asked.verb:
+        case "build":
+            _build(asked.names)
         case "up":
             lifecycle.up(asked.nodes, asked.archives)
         case "down":
@@ -59,6 +63,14 @@ def _run(asked: argparse.Namespace) -> int:
         case verb:
             _fault(verb, asked.name)
     return 0
+
+
+def _build(names: list[str]) -> None:
+    known = {program.name: program for program in binaries.PROGRAMS}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ClusterError(f"no program {', '.join(unknown)}; there are {', '.join(known)}")
+    binaries.build([known[name] for name in names] or binaries.PROGRAMS)
 
 
 def _load(archive: Path) -> None:
