@@ -20,7 +20,13 @@ def main() -> int:
     Returns:
         The exit status: 78 if the configuration is wrong, 1 if the port is taken (it may come free: worth a retry).
     """
-    on_kubernetes = sys.argv[1:] == ["kubernetes"]
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["kubernetes"]):
+        sys.stderr.write(
+            f"operator: unknown arguments {arguments}; none runs a ring over files, `kubernetes` the operator\n"
+        )
+        return 2
+    on_kubernetes = bool(arguments)
     component, prefix = ("operator", OPERATOR_PREFIX) if on_kubernetes else ("controller", PREFIX)
     try:
         if on_kubernetes:
