@@ -108,11 +108,11 @@ class ShardProcess:
         return await RpcClient.connect("127.0.0.1", int(str(listening["port"])), hello)
 
     async def hello(self) -> rpc.Hello:
-        """A good HELLO."""
-        view = await self.ring.control.read()
-        endpoint = view.shards[ShardName(self.name)]
+        """A good HELLO, as soon as the shard has announced its volume."""
+        view = await self.ring.announced(self.name)
         epoch = 0 if view.map is None else view.map.epoch
-        return rpc.Hello(rpc.PROTOCOL, self.ring.uid, self.name, endpoint.volume_id, "test", SECRET, epoch)
+        volume_id = view.shards[ShardName(self.name)].volume_id
+        return rpc.Hello(rpc.PROTOCOL, self.ring.uid, self.name, volume_id, "test", SECRET, epoch)
 
     async def port(self) -> int:
         """Where gateways connect."""
