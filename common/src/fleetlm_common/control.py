@@ -8,7 +8,7 @@ Must not be done here: planning, or deciding who is alive (nobody decides that; 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -37,6 +37,27 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: int
 
 
+class MoveProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a move has come, said by its target (docs/moves.md); counts for the move of this id only.
+
+    `Copying`: not there yet. `Ready`: so little is missing that the source may seal. `Confirmed`: all of it is here,
+    durably, and so is the record that says so. `Failed`: the target gave this move up (`reason`).
+    """
+
+    id: str
+    state: Literal["Copying", "Ready", "Confirmed", "Failed"]
+    done: int = 0
+    """Sessions that were brought over; grows while there is progress."""
+    total: int = 0
+    """Sessions of the slots, as far as the source has named them."""
+    behind: int = 0
+    """Sessions named by the source that are not here yet, or not in their newest state."""
+    reason: str = ""
+    """A stable word: why it failed (`disk_full`, `mismatch`), or does not get on (`unreachable`, `disk_full`)."""
+    message: str = ""
+    """The same in words, for people."""
+
+
 class ShardEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a shard is and which volume it holds; said by the shard itself after it took its volume."""
 
@@ -47,6 +68,12 @@ class ShardEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int
     ops_url: str
     ready: bool = False
+    moves: tuple[MoveProgress, ...] = ()
+    """Of each move that this shard's map shows with it as the target."""
+    epoch: Epoch = Epoch(0)
+    """Of the newest map that this process has acted on: what that takes away is silent, what it gives is opened."""
+    serves: int = -1
+    """Slots that this process serves or has a queue for, by that map; -1: it does not say (an older build)."""
 
 
 def replaces(new: ShardEndpoint, old: ShardEndpoint) -> bool:

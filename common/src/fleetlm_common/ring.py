@@ -31,6 +31,8 @@ class SlotRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last: Slot
     owner: ShardName
     epoch: Epoch
+    via: str = ""
+    """Id of the move that made this owner; "" is the first assignment of a ring."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

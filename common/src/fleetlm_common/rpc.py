@@ -8,6 +8,10 @@ connection.
     APPEND → APPENDED   READ → PAGE   INFO → INFO_OK   SUBSCRIBE → SUBSCRIBED   MARK_READ → MARKED
     CREATE → CREATED    LIST → LISTED   PING → PONG    UNSUBSCRIBE (no reply)   GOAWAY (from the shard: it is leaving)
 
+The target of a move speaks to its source in the same way, as a peer of the name `shard:<its name>` (docs/moves.md):
+
+    EXPORT, EXPORT_CHANGED → EXPORTED   EXPORT_MESSAGES → EXPORTED_MESSAGES   EXPORT_SEALED → EXPORTED_ALL
+
 Promise: an answer about a session was true after sync and after a look at the volume's term (design §6, "Fence").
 Must not be done here: anything that knows sockets or files.
 """
@@ -53,6 +57,13 @@ class Kind(IntEnum):
     CREATED = 25
     LIST = 26
     LISTED = 27
+    EXPORT = 40
+    EXPORT_CHANGED = 41
+    EXPORTED = 42
+    EXPORT_MESSAGES = 43
+    EXPORTED_MESSAGES = 44
+    EXPORT_SEALED = 45
+    EXPORTED_ALL = 46
 
 
 class _Payload(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -282,6 +293,89 @@ class Listed(_Payload, frozen=True):
     """Session ids with what INFO says of each."""
 
     sessions: list[tuple[str, InfoOk]]
+
+
+class Export(_Payload, frozen=True):
+    """The sessions of a move's slots after `after`, in the order of their ids; "" begins a pass.
+
+    A pass belongs to `reader`, a name that a target makes anew for each: the source keeps what changes for one reader
+    at a time, and answers another one INVALID `unknown_round`, as it does after a restart. Then a pass begins anew.
+    """
+
+    move: str
+    epoch: int
+    reader: str
+    after: str
+    limit: int
+
+
+class ExportChanged(_Payload, frozen=True):
+    """The sessions that changed since round `round` - 1 was answered (round 0 is the pass).
+
+    Asking for a round says that the answer to the one before has arrived; asking for the same again is a retry.
+    """
+
+    move: str
+    epoch: int
+    reader: str
+    round: int
+
+
+class SessionState(_Payload, frozen=True):
+    """A session as the source shows it: all but its messages. `earliest_seq` is the first message that is held."""
+
+    session: str
+    last_seq: int
+    earliest_seq: int
+    inserted_at_us: int
+    metadata: bytes
+    cursors: dict[str, int]
+
+
+class Exported(_Payload, frozen=True):
+    """States of sessions; `more`: the pass goes on after `after`."""
+
+    sessions: list[SessionState]
+    more: bool
+    after: str
+
+
+class ExportMessages(_Payload, frozen=True):
+    """Messages of a session after seq `after`, as the source's log holds them; up to `limit`, and to `bytes_max`."""
+
+    move: str
+    epoch: int
+    session: str
+    after: int
+    limit: int
+    bytes_max: int
+
+
+class ExportedMessages(_Payload, frozen=True):
+    """Bodies of MESSAGE records (docs/log.md) with ascending seqs: key and content hash come along.
+
+    A hole between them, or before the first, is a hole at the source: what was trimmed or damaged there is missing
+    from now on. `windowed` says of each whether its key is in the source's window. `more`: there are later ones.
+    """
+
+    bodies: list[bytes]
+    windowed: list[bool]
+    more: bool
+
+
+class ExportSealed(_Payload, frozen=True):
+    """Answered when the source is sealed, durably; `reader` must have been given a whole pass."""
+
+    move: str
+    epoch: int
+    reader: str
+
+
+class ExportedAll(_Payload, frozen=True):
+    """How many sessions the slots have, and the sum of their last seqs: nothing will be added by this source."""
+
+    sessions: int
+    total: int
 
 
 class Goaway(_Payload, frozen=True):
