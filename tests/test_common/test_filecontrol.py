@@ -23,11 +23,12 @@ from fleetlm_common.control import (
     ControlPlane,
     ControlPlaneUnavailable,
     MapConflict,
+    Pin,
     RingSpec,
     View,
 )
-from fleetlm_common.filecontrol import FileControlPlane, create_ring, read_status
-from fleetlm_common.ids import Epoch, ShardName
+from fleetlm_common.filecontrol import FileControlPlane, change_ring, create_ring, read_status
+from fleetlm_common.ids import Epoch, ShardName, Slot
 from fleetlm_common.ring import encode
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.support.planecontract import NAMES, SPEC, PlaneContract, endpoint, following, ring_map
@@ -359,3 +360,27 @@ def test_a_process_stopped_in_the_middle_continues_harmlessly(folder: Path) -> N
         frozen.send_signal(signal.SIGCONT)
     made += [first.strip(), *frozen.communicate(timeout=60)[0].split()]
     assert sorted(map(int, made)) == list(range(1, len(made) + 1))
+
+
+def test_what_people_ask_for_can_change(folder: Path) -> None:
+    """Another number of shards, a pin: seen by the next look; what a ring is for life stays."""
+    pinned = msgspec.structs.replace(SPEC, shards=SPEC.shards + 2, pins=(Pin(Slot(1), Slot(2), NAMES[0]),))
+    assert change_ring(folder, lambda _: pinned) == pinned
+    assert asyncio.run(FileControlPlane(folder).read()).spec == pinned
+    with pytest.raises(ValueError, match="for life"):
+        change_ring(folder, lambda spec: msgspec.structs.replace(spec, slots=spec.slots + 1))
+    with pytest.raises(ControlPlaneUnavailable, match="there is no"):
+        change_ring(folder.parent, lambda spec: spec)
+    assert create_ring(folder, SPEC) == pinned
+
+
+async def test_changes_of_the_spec_do_not_lose_each_other(folder: Path) -> None:
+    """Two who each add something read under the lock what the other wrote."""
+
+    def pin(number: int) -> None:
+        one = Pin(Slot(number), Slot(number), NAMES[0])
+        change_ring(folder, lambda spec: msgspec.structs.replace(spec, pins=(*spec.pins, one)))
+
+    await asyncio.gather(*(asyncio.to_thread(pin, number) for number in range(6)))
+    found = await FileControlPlane(folder).read()
+    assert sorted(one.first for one in found.spec.pins) == list(range(6))

@@ -17,7 +17,7 @@ RING = RingMap(
     epoch=Epoch(3),
     members=(Member(ONE, "volume-0"), Member(TWO, "volume-1")),
     ranges=(SlotRange(Slot(0), Slot(3), ONE, Epoch(1)), SlotRange(Slot(4), Slot(7), TWO, Epoch(3))),
-    moves=(Move("m", (Slot(1), Slot(2)), ONE, TWO, "Copying", Epoch(3)),),
+    moves=(Move("3.1", (Slot(1), Slot(2)), ONE, TWO, "Copying", Epoch(3)),),
 )
 SPEC = RingSpec("ring", 8, 2)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlm_common.ids import Epoch, ShardName, Slot
-from fleetlm_common.ring import Member, RingMap, SlotRange, decode, encode, ranges_from
+from fleetlm_common.ring import Member, Move, RingMap, SlotRange, decode, encode, ranges_from
 
 A, B = ShardName("shard-0"), ShardName("shard-1")
 MEMBERS = (Member(A, "va"), Member(B, "vb"))
@@ -84,3 +84,45 @@ def test_folding_a_table_keeps_it(table: list[tuple[ShardName, Epoch]]) -> None:
     """`ranges_from` and `owners` are inverse."""
     made = RingMap("ring", len(table), Epoch(3), MEMBERS, ranges_from(table))
     assert [(found.owner, found.epoch) for found in made.owners()] == table
+
+
+def move(*slots: int, source: ShardName = A, target: ShardName = B, ident: str = "2.1", epoch: int = 2) -> Move:
+    """A move of the ring below: 0 to 3 belong to A, the rest to B."""
+    return Move(ident, tuple(map(Slot, slots)), source, target, "Copying", Epoch(epoch))
+
+
+@pytest.mark.parametrize(
+    ("moves", "complaint"),
+    [
+        ((move(0), move(1)), "share an id"),
+        ((move(0, 1), move(1, 2, ident="2.2")), "in two moves"),
+        ((move(),), "has no slots"),
+        ((move(2, 1),), "do not ascend"),
+        ((move(1, 1),), "in two moves"),
+        ((move(3, 8),), "slots that are none"),
+        ((move(-1, 2),), "slots that are none"),
+        ((move(3, 4),), "does not own"),
+        ((move(0, target=A),), "goes nowhere"),
+        ((move(0, target=ShardName("shard-9")),), "goes to no member"),
+        ((move(0, source=ShardName("shard-9")),), "does not own"),
+        ((move(0, ident="4.1", epoch=4),), "newer than its map"),
+        ((move(0, ident="3.1"),), "id of another epoch"),
+        ((move(0, ident="2.0"),), "id that is none"),
+    ],
+)
+def test_a_move_that_takes_what_is_not_there_to_take_is_refused(moves: tuple[Move, ...], complaint: str) -> None:
+    """From code and from a file alike: two moves of a slot would make two owners."""
+    ranges = (of(0, 3), of(4, 7, B, 2))
+    with pytest.raises(ValueError, match=complaint):
+        RingMap("ring", 8, Epoch(3), MEMBERS, ranges, moves)
+    whole = RingMap("ring", 8, Epoch(3), MEMBERS, ranges)
+    written = {**msgspec.to_builtins(whole), "moves": msgspec.to_builtins(moves)}
+    with pytest.raises(ValueError, match=complaint):
+        decode(msgspec.json.encode(written))
+
+
+def test_moves_between_two_shards_may_go_both_ways_at_once() -> None:
+    """Only slots are exclusive."""
+    back = move(4, source=B, target=A, ident="3.1", epoch=3)
+    one = RingMap("ring", 8, Epoch(3), MEMBERS, (of(0, 3), of(4, 7, B, 2)), (move(0, 3), back))
+    assert decode(encode(one)) == one

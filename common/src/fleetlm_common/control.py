@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from fleetlm_common.ids import Epoch, ShardName, Term
+from fleetlm_common.ids import Epoch, ShardName, Slot, Term
 from fleetlm_common.ring import RingMap
 
 
@@ -29,12 +29,26 @@ class MapConflict(Exception):
         self.found = found
 
 
-class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What people asked for: the ring's name for life, its slots (fixed for life) and how many shards."""
+class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """People want slots `first` to `last` (inclusive) on `shard`, for as long as the pin is there."""
+
+    first: Slot
+    last: Slot
+    shard: ShardName
+
+
+class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What people asked for: the ring's name for life, its slots (fixed for life), how many shards, and exceptions.
+
+    Slots of a `cordoned` shard go to others while it is; it stays a member. A pin whose shard is cordoned or leaves
+    means nothing; of two pins for a slot the later one counts.
+    """
 
     uid: str
     slots: int
     shards: int
+    cordoned: tuple[ShardName, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
 
 class MoveProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

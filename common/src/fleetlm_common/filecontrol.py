@@ -1,6 +1,6 @@
 """The control plane as files in one folder: what `fleetlm up` uses where Kubernetes is not.
 
-    spec.json           the ring for life, written once by `create_ring`
+    spec.json           what people ask for: made by `create_ring`, changed by `change_ring`
     map.json            the ring map, replaced by compare-and-swap
     shards/<name>.json  where each shard is, said by the shard itself
     status.json         the controller's one sentence
@@ -91,6 +91,32 @@ def create_ring(folder: Path, spec: RingSpec) -> RingSpec:
             if found is None:
                 _replace(folder / SPEC_FILE, msgspec.json.encode(spec))
             return found or spec
+    except OSError as error:
+        raise _unavailable(folder, error) from error
+
+
+def change_ring(folder: Path, change: Callable[[RingSpec], RingSpec]) -> RingSpec:
+    """Ask for something else; what a ring is for life (uid, slots) stays.
+
+    Blocks on the disk; safe to call from any number of processes at once: `change` is given what is there.
+
+    Returns:
+        The spec that is there now.
+
+    Raises:
+        ControlPlaneUnavailable: there is no ring in `folder`, or it cannot be read or written.
+    """
+    try:
+        with _locked(folder):
+            found = _parsed(folder, SPEC_FILE, RingSpec)
+            if found is None:
+                raise ControlPlaneUnavailable(f"{folder}: there is no {SPEC_FILE}")
+            wanted = change(found)
+            if (wanted.uid, wanted.slots) != (found.uid, found.slots):
+                raise ValueError("a ring keeps its uid and slots for life")
+            if wanted != found:
+                _replace(folder / SPEC_FILE, msgspec.json.encode(wanted))
+            return wanted
     except OSError as error:
         raise _unavailable(folder, error) from error
 

@@ -1,11 +1,13 @@
 """The ring map: which shard owns which slots at which epoch, and the moves in flight.
 
-Promise: a `RingMap` that exists is whole: its ranges cover each slot exactly once, in order, owned by members.
+Promise: a `RingMap` that exists is whole: its ranges cover each slot exactly once, in order, owned by members; its
+moves take slots from their owner to another member, and no slot is in two of them.
 Must not be done here: storing, watching (`control.py`) or planning (the controller).
 """
 
 from __future__ import annotations
 
+import re
 from itertools import groupby, pairwise
 from typing import Final, Literal
 
@@ -19,6 +21,7 @@ SHARDS_MAX: Final = 256
 """Members of one ring: the map stays one small object."""
 MOVES_MAX: Final = 64
 """Moves in flight at once."""
+_MOVE_ID: Final = re.compile(r"[1-9][0-9]*\.[1-9][0-9]*")
 
 
 class SlotRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +49,11 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Move(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A handoff of slots in flight (written before it is acted on)."""
+    """A handoff of slots in flight (written before it is acted on).
+
+    `id` is `<epoch>.<number>`: the epoch of the map that began it and its number among those begun there, so that no
+    two moves of a ring ever share one. `slots` ascend.
+    """
 
     id: str
     slots: tuple[Slot, ...]
@@ -121,6 +128,36 @@ def _check(ring: RingMap) -> None:
     for holds, complaint in rules:
         if not holds:
             raise ValueError(complaint)
+    if ring.moves:
+        _check_moves(ring)
+
+
+def _check_moves(ring: RingMap) -> None:
+    """Raise ValueError with the first thing that is wrong with the moves of a map that is whole without them."""
+    names = {member.name for member in ring.members}
+    owners = ring.owners()
+    ids = [move.id for move in ring.moves]
+    moving = [slot for move in ring.moves for slot in move.slots]
+    if len(set(ids)) != len(ids):
+        raise ValueError("two moves share an id")
+    if len(set(moving)) != len(moving):
+        raise ValueError("a slot is in two moves")
+    for move in ring.moves:
+        rules = (
+            (0 < move.epoch <= ring.epoch, "is newer than its map"),
+            (_MOVE_ID.fullmatch(move.id) is not None, "has an id that is none"),
+            (move.id.startswith(f"{move.epoch}."), "has an id of another epoch"),
+            (bool(move.slots), "has no slots"),
+            (all(one < two for one, two in pairwise(move.slots)), "has slots that do not ascend"),
+            (all(0 <= slot < ring.slots for slot in move.slots), "has slots that are none"),
+            (move.source != move.target, "goes nowhere"),
+            (move.target in names, "goes to no member"),
+        )
+        for holds, complaint in rules:
+            if not holds:
+                raise ValueError(f"move {move.id} {complaint}")
+        if any(owners[slot].owner != move.source for slot in move.slots):
+            raise ValueError(f"move {move.id} takes slots that {move.source} does not own")
 
 
 def ranges_from(owners: list[tuple[ShardName, Epoch]]) -> tuple[SlotRange, ...]:
