@@ -35,13 +35,8 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[ApiServer]:
     """One for all tests here; each has a namespace of its own."""
-    with asyncio.Runner() as runner:
-        context = api_server(tmp_path_factory.mktemp("apiserver"))
-        started = runner.run(context.__aenter__())
-        try:
-            yield started
-        finally:
-            runner.run(context.__aexit__(None, None, None))
+    with api_server(tmp_path_factory.mktemp("apiserver")) as started:
+        yield started
 
 
 @pytest.fixture

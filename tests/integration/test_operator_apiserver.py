@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
 
 import pytest
 
-from fleetlm_common.kubeapi import ApiError, ApiRefused, KubeApi, Object
+from fleetlm_common.kubeapi import ApiError, ApiRefused, Object
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
 from fleetlm_operator.resources import (
     CLAIMS,
@@ -25,131 +19,10 @@ from fleetlm_operator.resources import (
     SERVICES,
     STATEFUL_SETS,
 )
-from tests.support.playedcluster import NAMESPACES, ApiServer, PlayedNodes, started
+from tests.support.operatorworld import World
+from tests.support.playednodes import PlayedNodes
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(180)]
-
-WAIT_S: Final = 60.0
-"""Two cores that other tests share."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """One API server for all tests here; each has a namespace of its own."""
-    with started(tmp_path_factory.mktemp("apiserver")) as found:
-        yield found
-
-
-class World:
-    """A namespace, and operators in it."""
-
-    def __init__(self, api: KubeApi, server: ApiServer, namespace: str, folder: Path) -> None:
-        self.api = api
-        self.server = server
-        self.namespace = namespace
-        self.folder = folder
-        self.operators: list[asyncio.subprocess.Process] = []
-
-    async def operator(self, name: str, *, lease: str = "operator") -> asyncio.subprocess.Process:
-        """Start an operator for this namespace only."""
-        env = {
-            **os.environ,
-            **self.server.env,
-            "FLEETLM_OPERATOR_POD_NAME": name,
-            "FLEETLM_OPERATOR_POD_NAMESPACE": self.namespace,
-            "FLEETLM_OPERATOR_NAMESPACES": self.namespace,
-            "FLEETLM_OPERATOR_OPS_LISTEN": "127.0.0.1:0",
-            "FLEETLM_OPERATOR_LEASE_NAME": lease,
-            "FLEETLM_OPERATOR_VERSION": "1.0.0",
-        }
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fleetlm_operator", "kubernetes", env=env, stdout=log, stderr=log
-            )
-        self.operators.append(process)
-        return process
-
-    def said(self, name: str = "one") -> str:
-        """What an operator logged."""
-        return (self.folder / f"{name}.log").read_text()
-
-    async def make(self, spec: Object | None = None) -> None:
-        """What `kubectl apply` of a ShardRing does."""
-        body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": "demo"}}
-        await self.api.apply(SHARD_RINGS, self.namespace, {**body, "spec": spec or {}}, manager="kubectl")
-
-    async def edit(self, spec: Object) -> None:
-        """What `kubectl patch sr` does."""
-        await self.api.merge(SHARD_RINGS, self.namespace, "demo", {"spec": spec}, manager="kubectl")
-
-    async def ring(self) -> Object:
-        """The ShardRing."""
-        found = await self.api.get(SHARD_RINGS, self.namespace, "demo")
-        assert found is not None
-        return found
-
-    async def reason(self, kind: str) -> str:
-        """Status and reason of a condition: `True/Serving`."""
-        ring = await self.ring()
-        if ring.get("status", {}).get("observedGeneration") != ring["metadata"]["generation"]:
-            return "stale"
-        found = [each for each in ring["status"]["conditions"] if each["type"] == kind]
-        return f"{found[0]['status']}/{found[0]['reason']}" if found else ""
-
-    async def until(self, what: str, holds: Callable[[], Awaitable[bool]], *, timeout_s: float = WAIT_S) -> float:
-        """Wait for it; returns how long that took, in seconds."""
-        begun_s = time.monotonic()
-        while not await holds():
-            waited = time.monotonic() - begun_s
-            if waited > timeout_s:
-                ring = await self.api.get(SHARD_RINGS, self.namespace, "demo")
-                raise AssertionError(f"not within {timeout_s:g} s: {what}\n{ring}\n{self._logs()[-3000:]}")
-            await asyncio.sleep(0.1)
-        return time.monotonic() - begun_s
-
-    async def until_reason(self, kind: str, reason: str) -> float:
-        """Wait for a condition."""
-
-        async def holds() -> bool:
-            return await self.reason(kind) == reason
-
-        return await self.until(f"{kind} is {reason}", holds)
-
-    async def images(self) -> list[str]:
-        """Tags of the shards' images, by ordinal."""
-        labels = f"{RING_LABEL}=demo,app.kubernetes.io/component=shard"
-        pods = (await self.api.list(PODS, self.namespace, labels=labels)).items
-        pods.sort(key=lambda pod: str(pod["metadata"]["name"]))
-        return [pod["spec"]["containers"][0]["image"].partition(":")[2] for pod in pods]
-
-    def _logs(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
-
-
-@asynccontextmanager
-async def world_in(server: ApiServer, folder: Path, namespace: str) -> AsyncGenerator[World]:
-    """A namespace of a test's own."""
-    api = await KubeApi.connect(server.env, agent="test")
-    await api.apply(
-        NAMESPACES, None, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}, manager="t"
-    )
-    world = World(api, server, namespace, folder)
-    try:
-        yield world
-    finally:
-        for process in world.operators:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-        await api.close()
-
-
-@pytest.fixture
-async def world(server: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncGenerator[World]:
-    """A namespace named after the test."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name.removeprefix("test_").lower())
-    async with world_in(server, tmp_path, name[:60].strip("-")) as found:
-        yield found
 
 
 async def test_a_ring_comes_up_and_stays_as_asked(world: World) -> None:

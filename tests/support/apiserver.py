@@ -1,9 +1,13 @@
-"""A real API server over a real etcd on loopback, without root: what `kubecontrol` is tested against.
+"""A real API server over a real etcd on loopback, without root, with the real controllers where a test wants them.
+
+    with api_server(folder) as server:                    # objects live, and nothing acts on them
+    with api_server(folder, controllers=True) as server:  # StatefulSets make pods, owners take what they own with them
 
 Programs come from `tests.cluster` (built from pinned Go modules into the home directory's cache, minutes the first
-time). There are no nodes and no controllers: objects live, and nothing acts on them.
+time). There are no nodes: `playednodes.py` plays them; what needs containers is for tests/e2e.
 
-Promise: stopped and started servers keep port, data and identities; everything is gone when the context ends.
+Promise: stopped and started servers keep port, data and identities; what accounts of pods asked is on record
+(`asked_by`); no process outlives the context. Must not be done here: anything about a component of FleetLM.
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import aiohttp
 import yaml
@@ -32,18 +36,37 @@ POLL_S: Final = 0.1
 ADMIN: Final = "admin-token"
 NAMESPACES: Final = Resource("v1", "Namespace", "namespaces")
 CRDS: Final = Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions")
+RECORDED: Final = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
+}
+"""The audit policy: requests of pods' accounts, nothing of the controllers and the test."""
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class Asked(NamedTuple):
+    """A request of a pod's account; `resource` has the subresource behind a slash."""
+
+    group: str
+    resource: str
+    verb: str
+    namespace: str
+    name: str
+    code: int
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 class ApiServer:
-    """etcd and kube-apiserver below `folder`.
+    """etcd, kube-apiserver and, when asked, kube-controller-manager below `folder`.
 
     Args:
         folder: empty; holds data, certificates, logs and kubeconfigs.
@@ -54,14 +77,18 @@ class ApiServer:
         self.folder = folder
         self._flags = flags
         self._served: tuple[str, ...] = ()
-        self._etcd_port, self._etcd_peer, self.port = free_port(), free_port(), free_port()
-        self._etcd: subprocess.Popen[bytes] | None = None
-        self._server: subprocess.Popen[bytes] | None = None
+        self._etcd_port, self._etcd_peer, self.port = free_ports(3)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def url(self) -> str:
         """Where it listens."""
         return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """How a process finds it, as administrator."""
+        return {"KUBECONFIG": str(self.kubeconfig("admin", ADMIN))}
 
     @property
     def etcd_url(self) -> str:
@@ -71,15 +98,17 @@ class ApiServer:
     @property
     def pid(self) -> int | None:
         """The API server's process."""
-        return None if self._server is None else self._server.pid
+        found = self._processes.get("kube-apiserver")
+        return None if found is None else found.pid
 
-    def prepare(self) -> None:
-        """Keys, identities, kubeconfig. Builds programs that are missing."""
-        build([each for each in PROGRAMS if each.name in {"etcd", "kube-apiserver"}])
+    def prepare(self, *, controllers: bool) -> None:
+        """Keys, identities, the audit policy. Builds programs that are missing."""
+        needed = {"etcd", "kube-apiserver"} | ({"kube-controller-manager"} if controllers else set())
+        build([each for each in PROGRAMS if each.name in needed])
         key = self.folder / "sa.key"
         subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
         (self.folder / "tokens.csv").write_text(f'{ADMIN},admin,admin,"system:masters"\n')
-        self.kubeconfig("admin", ADMIN)
+        (self.folder / "audit.yaml").write_text(yaml.safe_dump(RECORDED))
 
     def kubeconfig(self, user: str, token: str, *, port: int | None = None) -> Path:
         """Write a kubeconfig; `port` is that of a proxy before the server."""
@@ -104,7 +133,7 @@ class ApiServer:
     async def start_etcd(self) -> None:
         """Start it; an API server reconnects by itself."""
         peer = f"http://127.0.0.1:{self._etcd_peer}"
-        self._etcd = self._spawn(
+        self._spawn(
             "etcd",
             f"--data-dir={self.folder}/etcd",
             f"--listen-client-urls={self.etcd_url}",
@@ -118,10 +147,12 @@ class ApiServer:
 
     async def start(self) -> None:
         """Start the API server and wait until it is ready."""
-        self._server = self._spawn(
+        self._spawn(
             "kube-apiserver",
             f"--etcd-servers={self.etcd_url}",
             "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            "--endpoint-reconciler-type=none",
             f"--secure-port={self.port}",
             f"--cert-dir={self.folder}/certs",
             f"--token-auth-file={self.folder}/tokens.csv",
@@ -131,20 +162,40 @@ class ApiServer:
             "--service-account-issuer=https://kubernetes.default.svc",
             "--service-cluster-ip-range=10.79.0.0/24",
             "--enable-priority-and-fairness=false",
+            f"--audit-policy-file={self.folder}/audit.yaml",
+            f"--audit-log-path={self.folder}/audit.log",
+            "--audit-log-mode=blocking",
             *self._flags,
         )
         await self._answering("/readyz")
         await self._serving()
 
+    async def start_controllers(self) -> None:
+        """Start them; they end when they find no API server, so they come after it."""
+        kubeconfig = self.kubeconfig("admin", ADMIN)
+        self._spawn(
+            "kube-controller-manager",
+            f"--kubeconfig={kubeconfig}",
+            f"--authentication-kubeconfig={kubeconfig}",
+            f"--authorization-kubeconfig={kubeconfig}",
+            f"--service-account-private-key-file={self.folder}/sa.key",
+            "--leader-elect=false",
+            "--secure-port=0",
+            "--controllers=*,-nodelifecycle",
+        )
+
     def stop(self) -> None:
         """Kill the API server; its port refuses from now on."""
-        _kill(self._server)
-        self._server = None
+        self._kill("kube-apiserver")
 
     def stop_etcd(self) -> None:
         """Kill etcd; its data stay."""
-        _kill(self._etcd)
-        self._etcd = None
+        self._kill("etcd")
+
+    def stop_all(self) -> None:
+        """Kill everything."""
+        for program in tuple(self._processes):
+            self._kill(program)
 
     async def install_crds(self) -> None:
         """The project's own, and wait until they are served."""
@@ -158,17 +209,44 @@ class ApiServer:
         self._served = ("ringmaps", "shardrings")
         await self._serving()
 
+    def asked_by(self, account: str) -> list[Asked]:
+        """What a ServiceAccount (`namespace:name`) asked so far, in order."""
+        found: list[Asked] = []
+        for line in (self.folder / "audit.log").read_text().splitlines():
+            entry = json.loads(line)
+            if entry["user"]["username"] != f"system:serviceaccount:{account}" or "objectRef" not in entry:
+                continue
+            reference = entry["objectRef"]
+            parts = (reference.get("resource", ""), reference.get("subresource", ""))
+            found.append(
+                Asked(
+                    group=reference.get("apiGroup", ""),
+                    resource="/".join(part for part in parts if part),
+                    verb=entry["verb"],
+                    namespace=reference.get("namespace", ""),
+                    name=reference.get("name", ""),
+                    code=entry["responseStatus"]["code"],
+                )
+            )
+        return found
+
     async def _serving(self) -> None:
         """A server that is ready still initializes the storage of custom resources."""
         for plural in self._served:
             await self._answering(f"/apis/fleetlm.io/v1alpha1/{plural}")
 
-    def _spawn(self, program: str, *flags: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, program: str, *flags: str) -> None:
         log = (self.folder / f"{program}.log").open("ab")
         with log:
-            return subprocess.Popen(
+            self._processes[program] = subprocess.Popen(
                 [str(paths.BINARIES / program), *flags], stdout=log, stderr=log, env={"HOME": str(self.folder)}
             )
+
+    def _kill(self, program: str) -> None:
+        process = self._processes.pop(program, None)
+        if process is not None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
     async def _answering(self, path: str) -> None:
         """Wait until a GET is answered 200."""
@@ -178,8 +256,8 @@ class ApiServer:
                 await asyncio.sleep(POLL_S)
 
     async def _answers(self, session: aiohttp.ClientSession, path: str) -> bool:
-        for name, process in (("etcd", self._etcd), ("kube-apiserver", self._server)):
-            if process is not None and process.poll() is not None:
+        for name, process in self._processes.items():
+            if process.poll() is not None:
                 raise AssertionError(f"{name} ended: {(self.folder / f'{name}.log').read_text()[-2000:]}")
         try:
             async with session.get(self.url + path, ssl=False) as answer:
@@ -188,22 +266,22 @@ class ApiServer:
             return False
 
 
-def _kill(process: subprocess.Popen[bytes] | None) -> None:
-    if process is not None:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
-@asynccontextmanager
-async def api_server(folder: Path, *flags: str) -> AsyncGenerator[ApiServer]:
-    """A server with the project's resources, gone afterwards."""
+@contextmanager
+def api_server(folder: Path, *flags: str, controllers: bool = False, crds: bool = True) -> Generator[ApiServer]:
+    """A server, with the project's resources unless `crds` is false; gone afterwards."""
     server = ApiServer(folder, *flags)
-    await asyncio.to_thread(server.prepare)
-    try:
+    server.prepare(controllers=controllers)
+
+    async def start() -> None:
         await server.start_etcd()
         await server.start()
-        await server.install_crds()
+        if crds:
+            await server.install_crds()
+        if controllers:
+            await server.start_controllers()
+
+    try:
+        asyncio.run(start())
         yield server
     finally:
-        server.stop()
-        server.stop_etcd()
+        server.stop_all()
