@@ -29,6 +29,7 @@ from fleetlm_operator.observed import (
     PodCondition,
     PodSpec,
     PodStatus,
+    ShardWord,
     Waiting,
     Workload,
     object_meta,
@@ -54,6 +55,10 @@ from fleetlm_operator.workloads import TEMPLATE_LABEL
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DEFAULTS = Defaults(registry="registry.example", version="1.0.0", namespace="fleetlm-system")
 
+CRASHING = ContainerStatus(
+    name="shard", restart_count=5, state=ContainerState(waiting=Waiting(reason="CrashLoopBackOff"))
+)
+
 
 def ring_object(spec: Object | None = None, *, uid: str = "ring-uid", status: Object | None = None) -> Object:
     """A ShardRing as the API server shows it."""
@@ -78,7 +83,10 @@ class ModelCluster:
         self.pods: dict[int, Pod] = {}
         self.claims: dict[int, Claim] = {}
         self.volumes: dict[int, str] = {}
-        self.crashed: set[int] = set()
+        self.crashed: dict[int, ContainerStatus] = {}
+        self.words: dict[int, ShardWord] = {}
+        self.gateways_away = 0
+        self.short_since: datetime | None = None
         self.map: RingMap | None = None
         self.map_spec: tuple[str, int, int] = ("", 0, 0)
         self.deleted: list[str] = []
@@ -110,13 +118,23 @@ class ModelCluster:
             now=self.now,
             map_seen=seen_map,
             stateful_set=None if shard_set is None else _workload(shard_set),
-            deployment=None if gateways is None else _workload(gateways),
+            deployment=None if gateways is None else self._gateways(gateways),
             pods=dict(sorted(self.pods.items())),
             claims=dict(sorted(self.claims.items())),
             endpoints={shard: endpoint for number in self.pods for shard, endpoint in [self._announced(number)]},
+            words=dict(sorted(self.words.items())),
             children={key: Existing(object_meta(body), body) for key, body in self.children.items()},
             credential_whole=f"{SECRETS.kind} demo-credential" in self.children,
         )
+
+    def _gateways(self, body: Object) -> Workload:
+        whole = _workload(body)
+        there = whole.replicas - self.gateways_away
+        return msgspec.structs.replace(whole, ready=there, available=there, short_since=self.short_since)
+
+    def lose_gateways(self, count: int) -> None:
+        """So many gateways are not available from now on; their Deployment has as many pods as before."""
+        self.gateways_away, self.short_since = count, self.now if count else None
 
     def step(self) -> tuple[Action, ...]:
         """One step of the operator; returns what it did. Then Kubernetes does its part."""
@@ -148,9 +166,9 @@ class ModelCluster:
         assert self.verdict is not None
         return self.verdict.conditions[kind].status, self.verdict.conditions[kind].reason
 
-    def break_pod(self, number: int) -> None:
-        """Its container fails, though its image is good."""
-        self.crashed.add(number)
+    def break_pod(self, number: int, *, container: ContainerStatus = CRASHING) -> None:
+        """It is not ready, though its image is good: its container fails, or is as told."""
+        self.crashed[number] = container
         self._refresh()
 
     def images(self) -> list[str]:
@@ -172,7 +190,7 @@ class ModelCluster:
                     assert self.children[key]["metadata"]["uid"] == uid
                     del self.children[key]
                 self.pods = {number: pod for number, pod in self.pods.items() if pod.metadata.uid != uid}
-                self.crashed &= set(self.pods)
+                self.crashed = {number: how for number, how in self.crashed.items() if number in self.pods}
             case Grow(name, size):
                 number = next(number for number, claim in self.claims.items() if claim.name == name)
                 grown = bytes_of(size)
@@ -236,9 +254,7 @@ class ModelCluster:
                 name="shard", state=ContainerState(waiting=Waiting(reason="ImagePullBackOff", message="no such image"))
             )
         elif number in self.crashed:
-            container = ContainerStatus(
-                name="shard", restart_count=5, state=ContainerState(waiting=Waiting(reason="CrashLoopBackOff"))
-            )
+            container = self.crashed[number]
         conditions = (PodCondition(type="Ready", status=status, last_transition_time=since),)
         return msgspec.structs.replace(
             pod, status=PodStatus(phase="Running", conditions=conditions, container_statuses=(container,))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetlm_common.kubeapi import Object
-from fleetlm_operator.observed import is_ready
+from fleetlm_operator.observed import ContainerStatus, ShardWord, is_ready
 from fleetlm_operator.resources import PODS
 from fleetlm_operator.ringplan import Action, Apply, Create, Delete, Grow, SwapMap
 from tests.test_operator.modelcluster import DEFAULTS, ModelCluster, ring_object
@@ -154,7 +154,7 @@ def test_no_pod_goes_while_another_is_away() -> None:
     cluster.break_pod(0)
     cluster.edit(log={"fsync": "interval"})
     cluster.step()
-    cluster.crashed.add(0)
+    cluster.break_pod(0)
     cluster.step()
     assert cluster.deleted == ["demo-shard-0"], "the broken one is outdated: replacing it harms nobody"
 
@@ -295,6 +295,77 @@ def test_a_lost_volume_is_never_bound_anew() -> None:
     assert cluster.map is not None
     assert cluster.map.members[1].volume_id == "volume-1"
     assert not any(isinstance(action, SwapMap) for action in cluster.step())
+
+
+WORDS: list[tuple[ShardWord, str, str]] = [
+    (ShardWord(ok=False, reason="VolumeLost", message="the log is gone"), "VolumeLost", "VolumeLost"),
+    (ShardWord(ok=False, reason="ForeignVolume", message="of another ring"), "VolumeLost", "VolumeLost"),
+    (ShardWord(ok=False, reason="LogUnreadable", message="not a log"), "VolumeUnreadable", "ShardsNotReady"),
+    (ShardWord(ok=False, reason="VolumeUnreadable", message="no file"), "VolumeUnreadable", "ShardsNotReady"),
+    (ShardWord(ok=False, reason="DiskFull", message="no space"), "DiskFull", "ShardsNotReady"),
+    (ShardWord(ok=False, reason="MapUnavailable", message="no API server"), "ShardsNotReady", "ShardsNotReady"),
+    (ShardWord(ok=True, reason="LogDamaged", message="2 ranges"), "LogDamaged", "Serving"),
+]
+
+
+@pytest.mark.parametrize(("word", "degraded", "ready"), WORDS, ids=lambda each: getattr(each, "reason", each))
+def test_what_a_shard_says_of_itself_is_said(word: ShardWord, degraded: str, ready: str) -> None:
+    """Its word and its sentence stand in the conditions; a shard with an empty volume announces nothing else."""
+    cluster = settled()
+    cluster.words[1] = word
+    if not word.ok:
+        cluster.break_pod(1, container=ContainerStatus(name="shard"))
+    assert cluster.step() == (), "words move nothing"
+    assert cluster.said("Degraded") == ("True", degraded)
+    assert cluster.said("Ready")[1] == ready
+    assert cluster.verdict is not None
+    assert cluster.verdict.phase == "Degraded"
+    assert f"shard-1: {word.reason}: {word.message}" in cluster.verdict.sentence
+    cluster.words.clear()
+    cluster.crashed.clear()
+    cluster.settle()
+    assert cluster.verdict.phase == "Ready"
+
+
+def test_a_pod_that_never_gets_ready_says_what_it_waits_for() -> None:
+    """Its word stands beside the deadline's."""
+    cluster = settled()
+    cluster.edit(update={"progressDeadlineSeconds": 30}, version="2.0.0")
+    cluster.step()
+    cluster.step()
+    cluster.break_pod(2, container=ContainerStatus(name="shard"))
+    cluster.words[2] = ShardWord(ok=False, reason="TakingVolume", message="its last owner may still have to leave")
+    cluster.now += timedelta(seconds=31)
+    cluster.step()
+    assert cluster.said("Stalled") == ("True", "ProgressDeadlineExceeded")
+    assert cluster.verdict is not None
+    assert "TakingVolume: its last owner" in cluster.verdict.sentence
+
+
+def test_a_gateway_that_merely_starts_degrades_nothing() -> None:
+    """In a bring-up and in a rollout for as long as it takes; later half a minute while another one serves."""
+    cluster = ModelCluster()
+    cluster.lose_gateways(1)
+    cluster.settle()
+    cluster.now += timedelta(minutes=5)
+    cluster.step()
+    assert cluster.verdict is not None
+    assert (cluster.verdict.phase, cluster.said("Progressing")) == ("Pending", ("True", "BringUp"))
+    assert cluster.said("Degraded") == ("False", "AllWell")
+    cluster.lose_gateways(0)
+    cluster.settle()
+    assert cluster.verdict.phase == "Ready"
+    assert cluster.verdict.settled
+    cluster.lose_gateways(1)
+    cluster.step()
+    assert (cluster.verdict.phase, cluster.said("Ready")) == ("Ready", ("True", "Serving"))
+    assert not cluster.verdict.settled, "looked at again soon"
+    cluster.now += timedelta(seconds=31)
+    cluster.step()
+    assert cluster.said("Degraded") == ("True", "GatewaysNotReady")
+    cluster.lose_gateways(2)
+    cluster.step()
+    assert cluster.said("Degraded") == ("True", "GatewaysNotReady"), "nobody can connect: at once"
 
 
 @pytest.mark.parametrize("key", sorted(settled().children))

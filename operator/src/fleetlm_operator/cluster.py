@@ -32,6 +32,7 @@ from fleetlm_operator.leader import Leadership
 from fleetlm_operator.reconcile import Reconciler
 from fleetlm_operator.resources import CLAIMS, DEPLOYMENTS, PODS, SERVICES, STATEFUL_SETS
 from fleetlm_operator.ringplan import Defaults
+from fleetlm_operator.shardwords import ShardWords
 
 WATCHED: Final = (RING_MAPS, LEASES, PODS, STATEFUL_SETS, DEPLOYMENTS, SERVICES, CLAIMS)
 """Children whose changes are hints. Others (accounts, roles, policies, the Secret) are seen at the next resync:
@@ -104,10 +105,15 @@ class Operator:
 
     async def _term(self, election: Leadership) -> None:
         """One time as leader."""
-        async with election.lead() as lost:
+        async with election.lead() as lost, ShardWords() as words:
             self._metrics.leader.set(1)
             self._metrics.leaderships.inc()
-            world = KubeWorld(self._api, now=_now, new_credential=lambda: secrets.token_urlsafe(CREDENTIAL_BYTES))
+            world = KubeWorld(
+                self._api,
+                now=_now,
+                new_credential=lambda: secrets.token_urlsafe(CREDENTIAL_BYTES),
+                words=words,
+            )
             reconciler = Reconciler(
                 self._api,
                 world,

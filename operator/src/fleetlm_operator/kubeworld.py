@@ -36,7 +36,17 @@ from fleetlm_common.kubenames import (
     shard_workload,
 )
 from fleetlm_common.ring import RingMap
-from fleetlm_operator.observed import Claim, Existing, MapSeen, Observed, Pod, Workload, object_meta, pod_from
+from fleetlm_operator.observed import (
+    Claim,
+    Existing,
+    MapSeen,
+    Observed,
+    Pod,
+    ShardWord,
+    Workload,
+    object_meta,
+    pod_from,
+)
 from fleetlm_operator.quantity import bytes_of
 from fleetlm_operator.resources import (
     CLAIMS,
@@ -53,6 +63,7 @@ from fleetlm_operator.resources import (
 )
 from fleetlm_operator.ringplan import RENDERING_ANNOTATION, Action, Apply, Create, Delete, Grow, SwapMap
 from fleetlm_operator.ringspec import Ring, ring_from
+from fleetlm_operator.shardwords import ShardWords
 from fleetlm_operator.workloads import TEMPLATE_LABEL
 
 READS_MAX: Final = 8
@@ -66,10 +77,14 @@ class KubeWorld:
         api: the connection.
         now: the time, for ages of pods.
         new_credential: makes a secret that nobody can guess.
+        words: asks shards how they are.
     """
 
-    def __init__(self, api: KubeApi, *, now: Callable[[], datetime], new_credential: Callable[[], str]) -> None:
+    def __init__(
+        self, api: KubeApi, *, now: Callable[[], datetime], new_credential: Callable[[], str], words: ShardWords
+    ) -> None:
         self._api = api
+        self._words = words
         self._now = now
         self._new_credential = new_credential
 
@@ -94,25 +109,29 @@ class KubeWorld:
             async with limit:
                 return (await self._api.list(resource, namespace, labels=labels)).items
 
+        async def shards() -> tuple[dict[int, Pod], dict[int, ShardWord]]:
+            found = _pods(name, await listed(PODS, shard_labels))
+            return found, await self._words.ask(found)
+
         shard_labels = ",".join(f"{key}={value}" for key, value in selector(name, "shard").items())
         own_labels = f"{RING_LABEL}={name},{COMPONENT_LABEL}=shard"
         try:
             async with asyncio.TaskGroup() as tasks:
                 gets = [tasks.create_task(get(resource, child)) for resource, child in _singles(name)]
-                pods = tasks.create_task(listed(PODS, shard_labels))
+                pods = tasks.create_task(shards())
                 claims = tasks.create_task(listed(CLAIMS, shard_labels))
                 leases = tasks.create_task(listed(LEASES, own_labels))
         except* ApiError as failures:
             raise _first(failures) from failures
         singles = {key: body for key, body in (task.result() for task in gets) if body is not None}
-        return self._assembled(ring, singles, pods=pods.result(), claims=claims.result(), leases=leases.result())
+        return self._assembled(ring, singles, shards=pods.result(), claims=claims.result(), leases=leases.result())
 
     def _assembled(
         self,
         ring: Ring,
         singles: Mapping[str, Object],
         *,
-        pods: Iterable[Object],
+        shards: tuple[dict[int, Pod], dict[int, ShardWord]],
         claims: Iterable[Object],
         leases: Iterable[Object],
     ) -> Observed:
@@ -130,7 +149,8 @@ class KubeWorld:
             map_error=map_error,
             stateful_set=_shard_set(singles.get(f"{STATEFUL_SETS.kind} {shard_workload(ring.name)}")),
             deployment=_gateways(singles.get(f"{DEPLOYMENTS.kind} {gateway_workload(ring.name)}")),
-            pods=_pods(ring.name, pods),
+            pods=shards[0],
+            words=shards[1],
             claims=_claims(ring.name, claims),
             endpoints=_endpoints(leases),
             children=children,
@@ -312,11 +332,10 @@ def _gateways(found: Object | None) -> Workload | None:
     if found is None:
         return None
     meta, spec, status = object_meta(found), found["spec"], found.get("status", {})
-    stuck = [
-        condition.get("message", "")
-        for condition in status.get("conditions", [])
-        if condition.get("type") == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded"
-    ]
+    conditions = {condition["type"]: condition for condition in status.get("conditions", [])}
+    progressing, available = conditions.get("Progressing", {}), conditions.get("Available", {})
+    late = progressing.get("reason") == "ProgressDeadlineExceeded"
+    short = available.get("lastTransitionTime") if available.get("status") == "False" else None
     return Workload(
         uid=meta.uid,
         replicas=spec.get("replicas", 1),
@@ -327,6 +346,7 @@ def _gateways(found: Object | None) -> Workload | None:
         ready=status.get("readyReplicas", 0),
         updated=status.get("updatedReplicas", 0),
         available=status.get("availableReplicas", 0),
-        stuck=stuck[0] if stuck else "",
+        stuck=progressing.get("message", "") if late else "",
+        short_since=None if short is None else datetime.fromisoformat(short),
         terminating=meta.deletion_timestamp is not None,
     )

@@ -97,6 +97,7 @@ class PodStatus(Json, frozen=True):
     """A pod's status."""
 
     phase: str = ""
+    pod_ip: str = msgspec.field(default="", name="podIP")
     conditions: tuple[PodCondition, ...] = ()
     container_statuses: tuple[ContainerStatus, ...] = ()
 
@@ -113,6 +114,14 @@ class Pod(Json, frozen=True):
     metadata: Meta
     spec: PodSpec = PodSpec()
     status: PodStatus = PodStatus()
+
+
+class ShardWord(msgspec.Struct, frozen=True):
+    """What a shard says of itself: whether it is ready, a stable reason, a sentence."""
+
+    ok: bool
+    reason: str
+    message: str = ""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +152,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     available: int = 0
     stuck: str = ""
     """The Deployment's own word that it makes no progress."""
+    short_since: datetime | None = None
+    """Since when fewer pods are available than the Deployment should have."""
     terminating: bool = False
 
 
@@ -175,6 +186,8 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     claims: Mapping[int, Claim]
     endpoints: Mapping[ShardName, ShardEndpoint]
     children: Mapping[str, Existing]
+    words: Mapping[int, ShardWord]
+    """What shards say of themselves, by ordinal; one that did not answer is left out."""
     credential_whole: bool
     """The Secret has its key."""
 

@@ -18,11 +18,14 @@ from fleetlm_operator.observed import Observed, is_ready
 from fleetlm_operator.planning import volumes_lost
 from fleetlm_operator.ringplan import Plan, view_of
 from fleetlm_operator.rolling import Block, Trouble, trouble_of
+from fleetlm_operator.telling import LOST_WORDS, UNREADABLE_WORDS, listed, said_by, word_of
 
 MESSAGE_CHARS_MAX: Final = 1000
 """Of a condition's message; the schema takes 1,024."""
 BLOCKS_MAX: Final = 8
 """Predicates in the status; the schema takes as many."""
+GATEWAY_STARTS: Final = timedelta(seconds=30)
+"""A gateway that comes (a node was drained, a pod was deleted) is no trouble while another one serves."""
 
 ReadyReason = Literal["Serving", "NoRingMap", "VolumeLost", "ShardsNotReady", "GatewaysNotReady", "Deleting"]
 ProgressingReason = Literal[
@@ -37,7 +40,16 @@ ProgressingReason = Literal[
     "Paused",
     "Deleting",
 ]
-DegradedReason = Literal["AllWell", "VolumeLost", "ShardsNotReady", "GatewaysNotReady", "MapHeld"]
+DegradedReason = Literal[
+    "AllWell",
+    "VolumeLost",
+    "VolumeUnreadable",
+    "DiskFull",
+    "MapHeld",
+    "ShardsNotReady",
+    "LogDamaged",
+    "GatewaysNotReady",
+]
 StalledReason = Literal[
     "NotStalled",
     "ForeignObject",
@@ -84,11 +96,13 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     total: int
     subject: str
     blocks: tuple[Block, ...]
+    all_there: bool
+    """Every pod that should serve does."""
 
     @property
     def settled(self) -> bool:
         """Nothing is under way that time alone would change."""
-        return not self.operation and self.conditions["Stalled"].status == "False"
+        return self.all_there and not self.operation and self.conditions["Stalled"].status == "False"
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +111,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True):
     seen: Observed
     plan: Plan
     has_map: bool
-    lost: tuple[str, ...]
+    lost: str
+    """Which shards have another volume than the map's, in a sentence."""
     unready: tuple[int, ...]
     troubles: tuple[Trouble, ...]
     gateways: int
@@ -127,6 +142,7 @@ def judge(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> Verdict:
         total=total,
         subject=subject,
         blocks=plan.roll.blocks[:BLOCKS_MAX],
+        all_there=not facts.unready and facts.gateways_ready >= facts.gateways,
     )
 
 
@@ -167,14 +183,14 @@ def status_object(seen: Observed, plan: Plan, verdict: Verdict) -> Object:
 
 def _facts(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> _Facts:
     deadline = timedelta(seconds=seen.ring.spec.update.progress_deadline_seconds)
-    found = (trouble_of(pod, now=seen.now, deadline=deadline) for _, pod in sorted(seen.pods.items()))
+    found = (_explained(seen, number, deadline) for number in sorted(seen.pods))
     there = seen.map_seen
     gateways = seen.deployment
     return _Facts(
         seen=seen,
         plan=plan,
         has_map=there is not None and there.map is not None,
-        lost=() if there is None else tuple(volumes_lost(view_of(seen))),
+        lost="" if there is None else _lost(seen, plan),
         unready=tuple(n for n in range(plan.shards) if n not in seen.pods or not is_ready(seen.pods[n])),
         troubles=tuple(trouble for trouble in found if trouble is not None),
         gateways=seen.ring.spec.gateway.replicas,
@@ -182,6 +198,22 @@ def _facts(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> _Facts:
         gateways_rolling=gateways is not None and (not gateways.settled or gateways.updated < gateways.replicas),
         refusals=refusals,
     )
+
+
+def _explained(seen: Observed, number: int, deadline: timedelta) -> Trouble | None:
+    """A pod's trouble; what runs and does not get ready says itself what it waits for."""
+    trouble = trouble_of(seen.pods[number], now=seen.now, deadline=deadline)
+    if trouble is None or trouble.reason != "ProgressDeadlineExceeded" or number not in seen.words:
+        return trouble
+    return Trouble(trouble.reason, f"{trouble.message}; {word_of(seen, number)}")
+
+
+def _lost(seen: Observed, plan: Plan) -> str:
+    """By announcement, or by the word of a shard that found an empty volume and so announces nothing."""
+    if volumes_lost(view_of(seen)):
+        return plan.decision.sentence if plan.decision else "a volume is lost"
+    said = said_by(seen, LOST_WORDS)
+    return f"{said}; bring the old volume back, its slots stay with it" if said else ""
 
 
 def _operation(facts: _Facts) -> tuple[str, int, int, str]:
@@ -202,11 +234,19 @@ def _operation(facts: _Facts) -> tuple[str, int, int, str]:
     growing = [name for name in plan.growing if not any(refusal.storage for refusal in facts.refusals)]
     if growing:
         return "VolumeGrowth", total - len(growing), total, growing[0]
-    deployment = facts.seen.deployment
-    if facts.gateways_rolling and deployment is not None:
-        return "GatewayRollout", deployment.updated, deployment.replicas, ""
-    if facts.gateways_ready == 0 and before is not None and before.kind == "BringUp":
-        return "BringUp", ready, total, gateway_workload(facts.seen.ring.name)
+    return _gateway_operation(facts)
+
+
+def _gateway_operation(facts: _Facts) -> tuple[str, int, int, str]:
+    """Until every gateway is there, what began them goes on: bring-up, or a rollout."""
+    deployment, before = facts.seen.deployment, facts.seen.ring.status.operation
+    workload = gateway_workload(facts.seen.ring.name)
+    coming = deployment is None or facts.gateways_ready < facts.gateways
+    if coming and before is not None and before.kind == "BringUp":
+        return "BringUp", facts.plan.shards - len(facts.unready), facts.plan.shards, workload
+    going_on = coming and before is not None and before.kind == "GatewayRollout"
+    if deployment is not None and (facts.gateways_rolling or going_on):
+        return "GatewayRollout", min(deployment.updated, facts.gateways_ready), deployment.replicas, workload
     return "", 0, 0, ""
 
 
@@ -225,9 +265,7 @@ def _stalled(facts: _Facts, operation: str) -> Said:
     before = facts.seen.ring.status.operation
     missing = [number for number in range(facts.plan.shards) if number not in facts.seen.pods]
     if missing and before is not None and before.kind == operation and _older(facts.seen, before.since):
-        text = (
-            f"{_numbers(tuple(missing))} has no pod; `kubectl describe statefulset` says what keeps it from being made"
-        )
+        text = f"{listed(tuple(missing))} has no pod; `kubectl describe statefulset` says what keeps it from being made"
         return Said("True", "ProgressDeadlineExceeded", text)
     if facts.seen.deployment is not None and facts.seen.deployment.stuck:
         return Said("True", "GatewaysStuck", facts.seen.deployment.stuck)
@@ -247,9 +285,10 @@ def _ready(facts: _Facts) -> Said:
         text = facts.plan.decision.sentence if facts.plan.decision else "the ring has no map yet"
         return Said("False", "NoRingMap", text)
     if facts.lost:
-        return Said("False", "VolumeLost", _decided(facts))
+        return Said("False", "VolumeLost", facts.lost)
     if facts.unready:
-        return Said("False", "ShardsNotReady", f"{_numbers(facts.unready)} of {facts.plan.shards} shards not ready")
+        text = f"{len(facts.unready)} of {facts.plan.shards} shards not ready: {_why_unready(facts)}"
+        return Said("False", "ShardsNotReady", text)
     if facts.gateways_ready == 0:
         return Said("False", "GatewaysNotReady", "no gateway is available")
     return Said("True", "Serving", f"{facts.plan.shards} shards and {facts.gateways_ready} gateways serve")
@@ -296,24 +335,59 @@ def _progress_text(facts: _Facts, operation: str) -> str:
 
 
 def _degraded(facts: _Facts, operation: str, stalled: Said) -> Said:
-    """Something that served does not, and nothing that was asked for explains it."""
+    """Something that served does not, and nothing that was asked for explains it; the worst is said."""
+    seen = facts.seen
+    findings = [("VolumeLost", facts.lost), ("VolumeUnreadable", said_by(seen, UNREADABLE_WORDS))]
+    if facts.has_map and not seen.ring.deleting:
+        findings += [
+            ("DiskFull", said_by(seen, frozenset({"DiskFull"}))),
+            ("MapHeld", _map_held(facts)),
+            ("ShardsNotReady", _shards_missed(facts, operation, stalled)),
+            ("LogDamaged", said_by(seen, frozenset({"LogDamaged"}))),
+            ("GatewaysNotReady", _gateways_missed(facts, operation)),
+        ]
+    for reason, text in findings:
+        if text:
+            return Said("True", reason, text)
+    return Said("False", "AllWell", "everything that should serve does, or is being changed")
+
+
+def _map_held(facts: _Facts) -> str:
+    """Why the map cannot be used; what only waits for moves is no damage."""
     decision = facts.plan.decision
-    if facts.lost:
-        return Said("True", "VolumeLost", _decided(facts))
-    if facts.seen.ring.deleting or not facts.has_map:
-        return Said("False", "AllWell", "nothing serves that could fail")
-    if decision is not None and decision.reason == "Held" and "cannot" not in decision.sentence:
-        return Said("True", "MapHeld", decision.sentence)
+    held = decision is not None and decision.reason == "Held" and "cannot" not in decision.sentence
+    return decision.sentence if decision is not None and held else ""
+
+
+def _shards_missed(facts: _Facts, operation: str, stalled: Said) -> str:
+    """Shards that are away beyond what is under way."""
     expected = facts.seen.ring.spec.update.max_unavailable if operation == "RollingUpgrade" else 0
     if operation == "BringUp":
         expected = facts.plan.shards
-    if len(facts.unready) > expected or (facts.unready and stalled.status == "True"):
-        why = facts.troubles[0].message if facts.troubles else f"{_numbers(facts.unready)} not ready"
-        return Said("True", "ShardsNotReady", f"{len(facts.unready)} of {facts.plan.shards} shards do not serve: {why}")
-    if operation not in {"BringUp", "GatewayRollout"} and facts.gateways_ready < facts.gateways:
-        text = f"{facts.gateways_ready} of {facts.gateways} gateways are available"
-        return Said("True", "GatewaysNotReady", text)
-    return Said("False", "AllWell", "everything that should serve does, or is being changed")
+    if len(facts.unready) <= expected and not (facts.unready and stalled.status == "True"):
+        return ""
+    return f"{len(facts.unready)} of {facts.plan.shards} shards do not serve: {_why_unready(facts)}"
+
+
+def _gateways_missed(facts: _Facts, operation: str) -> str:
+    """Gateways that are away and that nobody awaits any moment; all of them at once are always missed."""
+    if facts.gateways_ready >= facts.gateways or operation in {"BringUp", "GatewayRollout"}:
+        return ""
+    since = facts.seen.deployment.short_since if facts.seen.deployment is not None else None
+    if facts.gateways_ready > 0 and since is not None and facts.seen.now - since <= GATEWAY_STARTS:
+        return ""
+    return f"{facts.gateways_ready} of {facts.gateways} gateways are available"
+
+
+def _why_unready(facts: _Facts) -> str:
+    """The container's last words, or the shard's own, or at least who it is."""
+    if facts.troubles:
+        return facts.troubles[0].message
+    telling = next((number for number in facts.unready if number in facts.seen.words), None)
+    if telling is None:
+        return listed(facts.unready)
+    rest = tuple(number for number in facts.unready if number != telling)
+    return word_of(facts.seen, telling) + (f"; {listed(rest)}" if rest else "")
 
 
 def _paused(facts: _Facts) -> Said:
@@ -353,11 +427,6 @@ def _sentence(facts: _Facts, conditions: dict[str, Said], operation: str) -> str
 
 def _decided(facts: _Facts) -> str:
     return facts.plan.decision.sentence if facts.plan.decision else "nothing decided yet"
-
-
-def _numbers(unready: tuple[int, ...]) -> str:
-    named = ", ".join(f"shard-{number}" for number in unready[:4])
-    return named if len(unready) <= 4 else f"{named} and {len(unready) - 4} more"
 
 
 def _dated(seen: Observed, kind: str, said: Said) -> Object:
