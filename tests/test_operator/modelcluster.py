@@ -166,6 +166,11 @@ class ModelCluster:
         assert self.verdict is not None
         return self.verdict.conditions[kind].status, self.verdict.conditions[kind].reason
 
+    def at_rest(self) -> bool:
+        """Whether the operator may take its time until the next look."""
+        assert self.verdict is not None
+        return self.verdict.settled
+
     def break_pod(self, number: int, *, container: ContainerStatus = CRASHING) -> None:
         """It is not ready, though its image is good: its container fails, or is as told."""
         self.crashed[number] = container

@@ -355,11 +355,11 @@ def test_a_gateway_that_merely_starts_degrades_nothing() -> None:
     cluster.lose_gateways(0)
     cluster.settle()
     assert cluster.verdict.phase == "Ready"
-    assert cluster.verdict.settled
+    assert cluster.at_rest()
     cluster.lose_gateways(1)
     cluster.step()
     assert (cluster.verdict.phase, cluster.said("Ready")) == ("Ready", ("True", "Serving"))
-    assert not cluster.verdict.settled, "looked at again soon"
+    assert not cluster.at_rest(), "looked at again soon"
     cluster.now += timedelta(seconds=31)
     cluster.step()
     assert cluster.said("Degraded") == ("True", "GatewaysNotReady")

@@ -21,10 +21,10 @@ NAMED_MAX: Final = 4
 
 def said_by(seen: Observed, reasons: frozenset[str]) -> str:
     """Which shards say one of these words, and what the first of them says; empty if none does."""
-    found = tuple(number for number, word in seen.words.items() if word.reason in reasons and number in seen.pods)
+    found = [number for number, word in seen.words.items() if word.reason in reasons and number in seen.pods]
     if not found:
         return ""
-    more = f" (the same: {listed(found[1:])})" if len(found) > 1 else ""
+    more = f" (the same: {listed(tuple(found[1:]))})" if len(found) > 1 else ""
     return f"{word_of(seen, found[0])}{more}"
 
 
