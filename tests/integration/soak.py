@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fleetlm_shard.verify import verify
-from tests.integration.kills import STOP_S_MAX, Plan, Report, Run
+from tests.integration.kills import STOP_S_MAX, Plan, Run
 from tests.support.fleet import Fleet, fleet
 from tests.support.history import Violation
+from tests.support.load import Report
 from tests.support.procwatch import Sample, Watch, growth_bytes, sample, settled
 from tests.support.rawclient import Lost, Unanswered, raw_socket
 

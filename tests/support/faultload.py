@@ -21,16 +21,14 @@ from urllib.parse import urlsplit
 from fleetlm_common.control import ControlPlaneUnavailable, View
 from fleetlm_common.filecontrol import FileControlPlane
 from fleetlm_shard.verify import verify
-from tests.integration.kills import Plan, Report, Run
-from tests.support.eventually import poll
+from tests.integration.kills import Plan, Run
 from tests.support.fleet import Fleet, fleet
 from tests.support.history import Violation
+from tests.support.load import Report
 from tests.support.tcpproxy import TcpProxy, Through
 
 BEHIND: Final = "127.0.0.2"
 """Shards say that they are here; proxies are. Gateways so reach every shard through one."""
-PROGRESS_S: Final = 30.0
-"""After a fault is over, an append must be acknowledged within it."""
 
 Script = Callable[["FaultRun"], Awaitable[None]]
 Proxied = Literal["nothing", "clients", "shards"]
@@ -54,25 +52,6 @@ class FaultRun(Run):
         """Let the load begin, then the script."""
         await self.progress()
         await self._script(self)
-
-    def acked(self, session: str | None = None) -> int:
-        """Acknowledged appends so far (of one session)."""
-        return sum(one.outcome == "acked" and session in {None, one.session} for one in self.history.invocations)
-
-    async def progress(self) -> None:
-        """Wait until more is acknowledged in every session than now.
-
-        Raises:
-            AssertionError: in one of them nothing is.
-        """
-        before = {session: self.acked(session) for session in self.sessions}
-        written = {self.sessions[at % len(self.sessions)] for at in range(self.plan.writers)}
-        try:
-            async with asyncio.timeout(PROGRESS_S):
-                await poll(lambda: all(self.acked(one) > before[one] for one in written), every_s=0.05)
-        except TimeoutError as error:
-            stuck = [session for session in written if self.acked(session) <= before[session]]
-            raise AssertionError(f"nothing is acknowledged in {stuck}\n{self.fleet.printed()}") from error
 
 
 @asynccontextmanager
