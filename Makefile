@@ -12,7 +12,7 @@ APISERVER_HERE := ls "$$HOME"/.cache/fleetlm/kubernetes-*/kube-apiserver >/dev/n
 	PATH="$$PATH:/usr/local/go/bin:/usr/lib/go/bin" go version 2>/dev/null | grep -q go1.26
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean images cluster cluster-down
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean images cluster cluster-down e2e e2e-long
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,13 +40,21 @@ audit: setup ## known vulnerabilities in the locked dependencies (says so when t
 	@bash tests/support/audit.sh $(UV) $(RUN)
 
 test: setup ## every test but those marked `long` (make faults); what needs root (loop mounts) or Go 1.26 (a real API server) is left out without, and it says so
-	@without="not long"; echo "tests marked 'long' are left out; 'make faults' runs them"; \
+	@without="not long and not e2e"; echo "tests marked 'long' are left out; 'make faults' runs them"; \
+	echo "tests marked 'e2e' (on a real Kubernetes) are left out; 'make e2e' runs them"; \
 	if [ "$$(id -u)" != 0 ]; then without="$$without and not root"; \
 	echo "not root: tests marked 'root' (full file systems on loop mounts) are left out; 'sudo make test' runs them"; fi; \
 	if $(APISERVER_HERE); then $(RUN)/python -m tests.cluster build etcd kube-apiserver kube-controller-manager || exit 1; \
 	else without="$$without and not apiserver"; \
 	echo "no Go 1.26: tests marked 'apiserver' (a real Kubernetes API server, built from Go modules) are left out"; fi; \
 	$(RUN)/pytest -q $(PARALLEL) -m "$$without"
+
+e2e: setup ## on a real Kubernetes of three nodes (one that is up, else one for this run): root, see tests/cluster/README.md; ARGS for pytest
+	@echo "tests marked 'long' are left out; 'make e2e-long' runs them"
+	$(RUN)/python -m tests.e2e -m "not long" $(ARGS)
+
+e2e-long: setup ## the long ones of them
+	$(RUN)/python -m tests.e2e -m long $(ARGS)
 
 sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failures print how to replay them
 	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.cluster import binaries, lifecycle, nodes, paths, processes
-from tests.cluster.say import ClusterError, Step, say
+from tests.cluster.say import ClusterError, say
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def _run(asked: argparse.Namespace) -> int:
             for process in processes.records():
                 say(f"{'runs' if processes.alive(process) else 'ended'}\t{process.pid}\t{process.host}\t{process.name}")
         case "load":
-            _load(asked.archive)
+            lifecycle.load(asked.archive)
         case "exec":
             _exec(asked.line)
         case "ctr":
@@ -71,12 +71,6 @@ def _build(names: list[str]) -> None:
     if unknown:
         raise ClusterError(f"no program {', '.join(unknown)}; there are {', '.join(known)}")
     binaries.build([known[name] for name in names] or binaries.PROGRAMS)
-
-
-def _load(archive: Path) -> None:
-    for number in range(1, int(lifecycle.UP.read_text()) + 1):
-        with Step(f"node{number} loads {archive.name}"):
-            nodes.load(f"node{number}", archive)
 
 
 def _fault(verb: str, name: str) -> None:

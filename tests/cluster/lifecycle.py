@@ -32,18 +32,35 @@ def is_up() -> bool:
     return UP.exists() and any(p.name == "kube-apiserver" and processes.alive(p) for p in processes.records())
 
 
-def up(count: int, archives: list[Path]) -> None:
+def node_names() -> list[str]:
+    """The nodes of the cluster that is up."""
+    return [f"node{number}" for number in range(1, int(UP.read_text()) + 1)]
+
+
+def load(archive: Path) -> None:
+    """Imports an image archive into every node."""
+    for node in node_names():
+        with Step(f"{node} loads {archive.name}"):
+            nodes.load(node, archive)
+
+
+def up(count: int, archives: list[Path], *, helm: bool = False) -> None:
     """Brings up `count` nodes with the images of `archives`; what a dead run left is removed first.
+
+    Args:
+        count: of nodes.
+        archives: of images; every node gets them.
+        helm: build Helm, too, where it is missing.
 
     Raises:
         ClusterError: one is up already, a tool is missing, or a part did not come up; logs are printed then.
     """
-    _check_tools()
+    check_tools()
     with _locked():
         if is_up():
             raise ClusterError("a cluster is up already; `make cluster-down` removes it")
         _remove()
-        binaries.build([p for p in binaries.PROGRAMS if not p.name.startswith("helm")])
+        binaries.build([p for p in binaries.PROGRAMS if helm or not p.name.startswith("helm")])
         try:
             with Step(f"cluster of {count} nodes"):
                 _bring_up(count, archives)
@@ -137,7 +154,12 @@ def _print_logs() -> None:
         say(processes.tail(process.name))
 
 
-def _check_tools() -> None:
+def check_tools() -> None:
+    """Whether this machine can have a cluster.
+
+    Raises:
+        ClusterError: not root, or something is not installed; says what and how.
+    """
     if os.geteuid() != 0:
         raise ClusterError("network namespaces and containers need root")
     absent = [name for name in TOOLS if shutil.which(name) is None]

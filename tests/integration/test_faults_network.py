@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faultload import FaultRun, Proxied, clean, under_load
+from tests.support.faultload import FaultRun, Proxied, under_load
+from tests.support.load import clean
 
 HOLE_S = 5.0
 """Longer than the four seconds after which a gateway gives up a silent shard."""

@@ -17,7 +17,8 @@ import pytest
 
 from tests.fuzz import wsclient
 from tests.integration.kills import Plan
-from tests.support.faultload import FaultRun, clean, under_load
+from tests.support.faultload import FaultRun, under_load
+from tests.support.load import clean
 from tests.support.procwatch import sample, settled
 
 CLOCKSTEP = Path(__file__).parents[1] / "support" / "clockstep.c"

@@ -428,3 +428,10 @@ class Load:
 def entry_of(message: dict[str, Any]) -> Entry:
     """A message as the history keeps it."""
     return Entry(message["seq"], message["id"], canonical(message["content"]))
+
+
+def clean(report: Report, *, acked: int = 50) -> None:
+    """No promise was broken, and the load was one."""
+    assert report.violations == [], report.as_json()
+    assert report.gaps == 0, report.as_json()
+    assert report.figures["acked"] >= acked, report.as_json()
