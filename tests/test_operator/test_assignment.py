@@ -101,3 +101,17 @@ def test_slots_need_members(members: list[ShardName]) -> None:
     """Nobody to own slots, or one of them twice, is a mistake of the caller."""
     with pytest.raises(ValueError, match="members"):
         assign([None], members)
+
+
+@given(rings(), st.data())
+def test_pins_are_kept_and_the_rest_is_even(ring: tuple[Owners, list[ShardName]], data: st.DataObject) -> None:
+    """A shard with more pins than its share has exactly those; all others differ by one at the most; done is done."""
+    owners, members = ring
+    pins = data.draw(st.dictionaries(st.integers(0, len(owners) - 1), st.sampled_from(names(9))))
+    goal = assign(owners, members, pins)
+    assert all(goal[slot] == shard for slot, shard in pins.items() if shard in members)
+    assert set(goal) <= set(members)
+    counts, pinned = Counter(goal), Counter(shard for shard in pins.values() if shard in members)
+    lowest = min(counts[member] for member in members)
+    assert all(counts[member] <= max(lowest + 1, pinned[member]) for member in members)
+    assert assign(goal, members, pins) == goal

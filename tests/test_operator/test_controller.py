@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fleetlm_common.control import ControllerPlane, View
+from fleetlm_common.control import ControllerPlane, MoveProgress, View
 from fleetlm_common.ids import Epoch
 from fleetlm_common.logs import Level, Value
 from fleetlm_common.ring import RingMap
 from fleetlm_operator import controller as controllers
 from fleetlm_operator.controller import Controller
 from fleetlm_operator.metrics import Metrics
+from fleetlm_operator.moving import SEAL_S_MAX
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.test_operator.views import announced, first_map, seen
 
@@ -190,6 +192,39 @@ async def test_readiness_is_honest(memory: MemoryControlPlane) -> None:
     assert rig.controller.health().ok
 
 
+async def begun_move(rig: Rig, memory: MemoryControlPlane) -> None:
+    """Ask for one shard less; its slots begin to move."""
+    memory.set_spec(msgspec.structs.replace(SPEC, shards=2))
+    for ordinal in range(3):
+        await memory.announce(msgspec.structs.replace(announced(ordinal), serves=4))
+    assert await rig.controller.step()
+    assert await rig.controller.step()
+    assert memory.view.map is not None
+    assert memory.view.map.moves
+
+
+async def test_a_seal_is_timed_by_the_controllers_own_clock(memory: MemoryControlPlane) -> None:
+    """It looks again by itself when the time is over, takes the seal back, and counts each step."""
+    rig = Rig(memory)
+    for ordinal in range(3):
+        await memory.announce(announced(ordinal))
+    assert await rig.controller.step()
+    await begun_move(rig, memory)
+    assert memory.view.map is not None
+    for move in memory.view.map.moves:
+        said = memory.view.shards[move.target]
+        ready = MoveProgress(move.id, "Ready")
+        await memory.announce(msgspec.structs.replace(said, moves=(*said.moves, ready)))
+    assert await rig.controller.step()
+    assert {move.state for move in memory.view.map.moves} == {"Sealing"}
+    assert await rig.controller.step()
+    rig.clock.now_s += SEAL_S_MAX
+    assert await rig.controller.step()
+    assert not memory.view.map.moves
+    for step in ("begin", "seal", "abort"):
+        assert rig.registry.get_sample_value("fleetlm_operator_map_steps_total", {"step": step}) == 2
+
+
 async def test_every_metric_moves(memory: MemoryControlPlane) -> None:
     """One scenario in which each documented series changes."""
     rig, hurried = Rig(memory), Rig(control := Hurried(SPEC))
@@ -204,9 +239,14 @@ async def test_every_metric_moves(memory: MemoryControlPlane) -> None:
     memory.away = False
     await memory.announce(announced(1, volume_id="empty"))
     await rig.controller.step()
+    calm = Rig(third := MemoryControlPlane(SPEC))
+    for ordinal in range(3):
+        await third.announce(announced(ordinal))
+    await calm.controller.step()
+    await begun_move(calm, third)
     moved = {
         sample.name
-        for each in (rig, hurried)
+        for each in (rig, hurried, calm)
         for metric in each.registry.collect()
         for sample in metric.samples
         if sample.value != before.get(sample.name)

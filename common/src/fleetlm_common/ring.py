@@ -8,6 +8,7 @@ Must not be done here: storing, watching (`control.py`) or planning (the control
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Final, Literal
 
@@ -162,11 +163,20 @@ def _check_moves(ring: RingMap) -> None:
 
 def ranges_from(owners: list[tuple[ShardName, Epoch]]) -> tuple[SlotRange, ...]:
     """Fold a table of (owner, epoch) indexed by slot into ranges, neighbours that agree joined."""
+    return folded([SlotRange(Slot(slot), Slot(slot), owner, epoch) for slot, (owner, epoch) in enumerate(owners)])
+
+
+def folded(table: Sequence[SlotRange]) -> tuple[SlotRange, ...]:
+    """Ranges from a table indexed by slot (as `owners` gives it; `first` and `last` are not looked at)."""
     ranges: list[SlotRange] = []
-    for (owner, epoch), slots in groupby(range(len(owners)), key=lambda slot: owners[slot]):
+    for (owner, epoch, via), slots in groupby(range(len(table)), key=lambda slot: _since(table[slot])):
         found = list(slots)
-        ranges.append(SlotRange(Slot(found[0]), Slot(found[-1]), owner, epoch))
+        ranges.append(SlotRange(Slot(found[0]), Slot(found[-1]), owner, epoch, via))
     return tuple(ranges)
+
+
+def _since(found: SlotRange) -> tuple[ShardName, Epoch, str]:
+    return found.owner, found.epoch, found.via
 
 
 def encode(ring: RingMap) -> bytes:

@@ -1,8 +1,9 @@
 """The loop: observe everything, plan, at most one compare-and-swap, say one sentence.
 
-Promise: level-triggered: a step uses a fresh look and nothing from the step before, so that a missed event, a crash
-between any two lines or another controller at the same ring do no harm. A sentence is said (log, status) when it is
-another one than before. Must not be done here: planning (`planning.py`), files (the control plane).
+Promise: level-triggered: a step uses a fresh look, and of the steps before only what may be forgotten (`memory.py`), so
+that a missed event, a crash between any two lines or another controller at the same ring do no harm. A sentence is said
+(log, status) when it is another one than before. Must not be done here: planning (`planning.py`), files (the control
+plane).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fleetlm_common.clock import Clock
 from fleetlm_common.control import ControllerPlane, ControlPlaneUnavailable, MapConflict, View
 from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
+from fleetlm_operator.memory import NO_MEMORY
 from fleetlm_operator.metrics import Metrics
 from fleetlm_operator.planning import Decision, Reason, plan, volumes_lost
 
@@ -21,10 +23,12 @@ RESYNC_S: Final = 5.0
 """A step at least so often: what was missed, or failed, is done then."""
 RETRY_S: Final = 0.5
 """Pause after the control plane did not answer or another controller was quicker."""
+AGAIN_MARGIN_S: Final = 0.01
+"""A deadline is looked at just after it has passed, not just before."""
 STALLED_S: Final = 30.0
 """Without a finished step for so long the loop hangs (a step is a few file operations), and readiness says so."""
 
-_WARNINGS: Final[frozenset[Reason]] = frozenset({"InvalidSpec", "VolumeLost", "Held"})
+_WARNINGS: Final[frozenset[Reason]] = frozenset({"InvalidSpec", "VolumeLost", "Held", "MoveStalled"})
 
 
 class Controller:
@@ -34,7 +38,7 @@ class Controller:
         control: the ring's control plane.
         log: where sentences go besides the status.
         metrics: the series to move.
-        clock: for readiness only; nothing is decided by time.
+        clock: for readiness, and for how long a move takes.
     """
 
     def __init__(self, control: ControllerPlane, *, log: Logger, metrics: Metrics, clock: Clock) -> None:
@@ -44,6 +48,8 @@ class Controller:
         self._clock = clock
         self._said: str | None = None
         self._reported: str | None = None
+        self._memory = NO_MEMORY
+        self._again_s: float | None = None
         self._health = Health(ok=False, reason="Starting", message="has not seen the control plane yet")
         self._step_ended_s = clock.monotonic_s()
 
@@ -62,8 +68,11 @@ class Controller:
             while True:
                 changed.clear()
                 settled = await self.step()
+                pause_s = RETRY_S if not settled else RESYNC_S
+                if settled and self._again_s is not None:
+                    pause_s = min(RESYNC_S, self._again_s + AGAIN_MARGIN_S)
                 try:
-                    async with asyncio.timeout(RESYNC_S if settled else RETRY_S):
+                    async with asyncio.timeout(pause_s):
                         await changed.wait()
                 except TimeoutError:
                     continue
@@ -91,7 +100,7 @@ class Controller:
 
     async def _observe_and_act(self) -> bool:
         view = await self._control.read()
-        decision = plan(view)
+        decision = plan(view, self._memory, now_s=self._clock.monotonic_s())
         self._measure(view, decision)
         if decision.new_map is not None:
             expected = None if view.map is None else view.map.epoch
@@ -103,6 +112,11 @@ class Controller:
                 return False
             self._metrics.map_changes.inc()
             self._metrics.map_epoch.set(decision.new_map.epoch)
+            for step in decision.steps:
+                self._metrics.map_steps.labels(type(step).__name__.lower()).inc()
+                self._log.event("step", epoch=decision.new_map.epoch, what=str(step))
+        self._memory = decision.memory
+        self._again_s = decision.again_s
         self._health = Health(ok=True, reason=decision.reason, message=decision.sentence)
         self._say(decision.reason, decision.sentence, warn=decision.reason in _WARNINGS)
         if self._reported != decision.sentence:
@@ -123,4 +137,6 @@ class Controller:
         self._metrics.shards_announced.set(len(view.shards))
         self._metrics.shards_ready.set(sum(endpoint.ready for endpoint in view.shards.values()))
         self._metrics.volumes_lost.set(len(volumes_lost(view)))
+        self._metrics.moves.set(0 if view.map is None else len(view.map.moves))
+        self._metrics.slots_left.set(decision.slots_left)
         self._metrics.held.set(decision.reason in _WARNINGS)

@@ -28,6 +28,16 @@ class Metrics:
         self.map_conflicts = Counter(
             "fleetlm_operator_map_conflicts_total", "Maps that another controller made first.", registry=registry
         )
+        self.map_steps = Counter(
+            "fleetlm_operator_map_steps_total",
+            "Steps in those maps: join, leave, begin, seal, commit, abort.",
+            ["step"],
+            registry=registry,
+        )
+        self.moves = Gauge("fleetlm_operator_moves", "Moves in flight.", registry=registry)
+        self.slots_left = Gauge(
+            "fleetlm_operator_slots_left", "Slots that are not where they should be.", registry=registry
+        )
         self.map_epoch = Gauge(
             "fleetlm_operator_map_epoch", "Epoch of the ring map as last seen; 0 without one.", registry=registry
         )

@@ -1,16 +1,19 @@
-"""What to do about what was observed. Pure: the same view gives the same decision, on every controller.
+"""What to do about what was observed. Pure: the same view and memory give the same decision, on every controller.
 
     no map, shards missing        wait
     no map, every shard is there  make the first map: epoch 1, each member bound to the volume that it announced
     another volume than the map's `VolumeLost`: say so and hold; never bind it anew (the data is gone, a person decides)
-    other shards than asked for   hold and say how many slots would move (moves are not built yet)
+    asked for, announced          it joins, without slots
+    a member, not asked for       it leaves when it owns nothing and says so itself
+    uneven, pinned, cordoned      moves (`moving.py`)
 
-Promise: a decision never takes a slot from an owner and never guesses who is alive. Must not be done here: I/O.
+Promise: a slot changes its owner only by a confirmed move, and because of what people asked for; never because a shard
+is silent, slow or busy. Must not be done here: I/O, reading clocks.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Final, Literal
 
 import msgspec
@@ -19,33 +22,63 @@ from fleetlm_common.control import RingSpec, ShardEndpoint, View
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, Member, RingMap, ranges_from
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
-from fleetlm_operator.assignment import assign, moves_needed
+from fleetlm_operator.assignment import assign
+from fleetlm_operator.mapsteps import Join, Leave, Step, after
+from fleetlm_operator.memory import NO_MEMORY, Memory
+from fleetlm_operator.moving import Moves, decide, is_bound, moving_words, stalled_words
 
-Reason = Literal["InvalidSpec", "WaitingForShards", "FirstMap", "VolumeLost", "Held", "ShardsNotReady", "Steady"]
+Reason = Literal[
+    "InvalidSpec",
+    "WaitingForShards",
+    "FirstMap",
+    "VolumeLost",
+    "Held",
+    "MoveStalled",
+    "ShardsNotReady",
+    "Moving",
+    "Steady",
+]
 
 FIRST_EPOCH: Final = Epoch(1)
+JOIN_WAIT_S: Final = 15.0
+"""Shards that are asked for together join within seconds of each other. Moving slots to the first of them at once would
+move some of them twice; one that does not come holds up the others for no longer than this."""
+STEPS_TOLD_MAX: Final = 3
+"""Steps of one change that are named in the sentence; the log has each."""
 
 
 class Decision(msgspec.Struct, frozen=True):
     """What to do and what to say.
 
-    `new_map` is to replace the map that was observed (None: nothing to do now). `reason` is stable, for alerts and
-    tests; `sentence` is for people.
+    `new_map` is to replace the map that was observed (None: nothing to do now), and differs from it by `steps`.
+    `reason` is stable, for alerts and tests; `sentence` is for people. `memory` is to be remembered if the new map (if
+    any) was taken. `again_s`: time alone changes the decision so soon.
     """
 
     new_map: RingMap | None
     reason: Reason
     sentence: str
+    steps: tuple[Step, ...] = ()
+    memory: Memory = NO_MEMORY
+    again_s: float | None = None
+    slots_left: int = 0
+    """Slots that are not where they should be."""
 
 
-def plan(view: View) -> Decision:
-    """Decide what to do about `view`."""
+def plan(view: View, memory: Memory = NO_MEMORY, *, now_s: float = 0.0) -> Decision:
+    """Decide what to do about `view`.
+
+    Args:
+        view: what was seen.
+        memory: of the decisions before.
+        now_s: monotonic.
+    """
     complaint = _complaint(view.spec)
     if complaint is not None:
-        return Decision(None, "InvalidSpec", complaint)
+        return Decision(None, "InvalidSpec", complaint, memory=memory)
     if view.map is None:
         return _bring_up(view)
-    return _keep(view, view.map)
+    return _keep(view, view.map, memory, now_s)
 
 
 def shard_names(spec: RingSpec) -> list[ShardName]:
@@ -70,6 +103,8 @@ def _complaint(spec: RingSpec) -> str | None:
         return f"held: the ring asks for {spec.slots} slots; there can be {SLOTS_MIN} to {SLOTS_MAX}"
     if not 1 <= spec.shards <= SHARDS_MAX:
         return f"held: the ring asks for {spec.shards} shards; there can be 1 to {SHARDS_MAX}"
+    if any(not 0 <= pin.first <= pin.last < spec.slots for pin in spec.pins):
+        return f"held: a pin names slots that are none; there are 0 to {spec.slots - 1}"
     return None
 
 
@@ -82,7 +117,7 @@ def _bring_up(view: View) -> Decision:
         sentence = f"waiting for {_listed(missing)} to announce a volume ({there} did)"
         return Decision(None, "WaitingForShards", sentence)
     endpoints = [view.shards[name] for name in names]
-    shared = _shared_volume(endpoints)
+    shared = _shared_volume(view, None, names)
     if shared is not None:
         return Decision(None, "Held", shared)
     owners = assign([None] * view.spec.slots, names)
@@ -96,45 +131,119 @@ def _bring_up(view: View) -> Decision:
     return Decision(first, "FirstMap", f"made the first map: {view.spec.slots} slots on {_shards(len(names))}, epoch 1")
 
 
-def _keep(view: View, current: RingMap) -> Decision:
-    """There is a map: say how the ring is; whatever would need a move is held."""
-    at_epoch = f"epoch {current.epoch}, {current.slots} slots on {_shards(len(current.members))}"
+def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decision:
+    """There is a map: bring the ring nearer to what is asked for, and say how it is."""
     if (current.uid, current.slots) != (view.spec.uid, view.spec.slots):
-        return Decision(None, "Held", f"held: the map ({at_epoch}) belongs to another ring than the spec")
+        text = f"held: the map ({_at_epoch(current)}) belongs to another ring than the spec"
+        return Decision(None, "Held", text, memory=memory)
+    wanted = shard_names(view.spec)
+    absent = [name for name in wanted if current.member(name) is None]
+    memory = memory.awaiting(absent, now_s)
+    joins = [name for name in absent if name in view.shards]
+    shared = _shared_volume(view, current, joins)
+    members = [name for name in wanted if current.member(name) is not None]
+    eligible = [name for name in members if name not in view.spec.cordoned]
+    holds = [shared] if shared else []
+    steps: list[Step] = [] if shared else [Join(Member(name, view.shards[name].volume_id)) for name in joins]
+    moves = None
+    if eligible:
+        patient = any(now_s - since_s < JOIN_WAIT_S for since_s in memory.awaited_since_s.values())
+        pins = {slot: pin.shard for pin in view.spec.pins for slot in range(pin.first, pin.last + 1)}
+        moves = decide(view, current, eligible, pins=pins, draining_only=patient, memory=memory, now_s=now_s)
+        memory = moves.memory
+        steps += moves.steps
+    elif members:
+        holds.append(
+            f"held: {_listed(members)} {'is' if len(members) == 1 else 'are all'} cordoned, nobody may own slots"
+        )
+    steps += [Leave(name) for name in _gone(view, current, set(wanted))]
+    findings = _findings(view, current, absent=absent, moves=moves, holds=holds)
+    left = 0 if moves is None else moves.left
+    again_s = _soonest(moves, memory, now_s)
+    new_map = after(current, steps) if steps else None
+    if new_map is not None:  # what is done now says more than how far the ring was before
+        findings = [*(each for each in findings if each[0] != "Moving"), ("Moving", _told(steps))]
+    sentence = "; ".join(text for _, text in findings)
+    reason: Reason = findings[0][0] if findings else "Steady"
+    text = f"{sentence} ({_at_epoch(new_map or current)})" if sentence else f"steady at {_at_epoch(current)}, all ready"
+    return Decision(new_map, reason, text, steps=tuple(steps), memory=memory, again_s=again_s, slots_left=left)
+
+
+def _findings(
+    view: View, current: RingMap, *, absent: list[ShardName], moves: Moves | None, holds: list[str]
+) -> list[tuple[Reason, str]]:
+    """What is to be said, the worst first."""
     lost = volumes_lost(view)
-    absent = [member.name for member in current.members if member.name not in view.shards]
+    silent = [member.name for member in current.members if member.name not in view.shards]
     unready = [
         member.name
         for member in current.members
-        if member.name not in lost and member.name not in absent and not view.shards[member.name].ready
+        if member.name not in lost and member.name not in silent and not view.shards[member.name].ready
     ]
-    held = _held(view.spec, current)
+    old = [] if moves is None else [name for name in moves.awaited if _cannot_move(view, current, name)]
+    if old:
+        holds = [*holds, f"held: {_listed(old)} must be upgraded first: its build cannot move slots"]
     findings: list[tuple[Reason, str]] = []
     if lost:
         findings.append(("VolumeLost", _lost_sentence(current, lost)))
-    if held is not None:
-        findings.append(("Held", held))
-    if absent or unready:
-        findings.append(("ShardsNotReady", _waiting_sentence(absent, unready)))
-    if not findings:
-        return Decision(None, "Steady", f"steady at {at_epoch}, all ready")
-    sentence = "; ".join(text for _, text in findings)
-    return Decision(None, findings[0][0], f"{sentence} ({at_epoch})")
+    if holds:
+        findings.append(("Held", "; ".join(holds)))
+    if moves is not None and moves.stalls:
+        findings.append(("MoveStalled", stalled_words(moves)))
+    waiting = [name for name in absent if name not in view.shards]
+    if silent or unready or waiting:
+        findings.append(("ShardsNotReady", _waiting_sentence([*silent, *waiting], unready)))
+    leaving = _leaving(view, current)
+    if moves is not None and (moves.left or current.moves):
+        findings.append(("Moving", moving_words(current, moves)))
+    elif leaving:
+        findings.append(("Moving", f"waiting for {_listed(leaving)} to say that it serves nothing any more"))
+    return findings
 
 
-def _held(spec: RingSpec, current: RingMap) -> str | None:
-    """What people asked for and only moves could do."""
-    wanted = shard_names(spec)
-    members = [member.name for member in current.members]
-    joining = [name for name in wanted if name not in members]
-    leaving = [name for name in members if name not in wanted]
-    slots = moves_needed([found.owner for found in current.owners()], wanted)
-    if not joining and not leaving and not slots:
-        return None
-    cannot = ((joining, "join"), (leaving, "leave"))
-    changes = [f"{_listed(names)} cannot {verb}" for names, verb in cannot if names]
-    what = " and ".join(changes or ["the ring stays uneven"])
-    return f"held: {what}, {slots} slots would have to move, and slots cannot move yet"
+def _cannot_move(view: View, current: RingMap, name: ShardName) -> bool:
+    """It serves, and says nothing of moves: an older build."""
+    return is_bound(view, current, name) and view.shards[name].ready and view.shards[name].serves < 0
+
+
+def _leaving(view: View, current: RingMap) -> list[ShardName]:
+    wanted = set(shard_names(view.spec))
+    return [member.name for member in current.members if member.name not in wanted]
+
+
+def _gone(view: View, current: RingMap, wanted: set[ShardName]) -> list[ShardName]:
+    """Members that nobody asks for, that own nothing, and that have said so since the last change of an owner."""
+    owned = Counter(found.owner for found in current.ranges)
+    named = {name for move in current.moves for name in (move.source, move.target)}
+    since = max(found.epoch for found in current.ranges)
+    return [
+        member.name
+        for member in current.members
+        if member.name not in wanted
+        and not owned[member.name]
+        and member.name not in named
+        and (endpoint := view.shards.get(member.name)) is not None
+        and endpoint.serves == 0
+        and endpoint.epoch >= since
+    ]
+
+
+def _soonest(moves: Moves | None, memory: Memory, now_s: float) -> float | None:
+    """When time alone changes something."""
+    ahead = [since_s + JOIN_WAIT_S - now_s for since_s in memory.awaited_since_s.values()]
+    if moves is not None and moves.again_s is not None:
+        ahead.append(moves.again_s)
+    return min((pause_s for pause_s in ahead if pause_s > 0), default=None)
+
+
+def _told(steps: list[Step]) -> str:
+    """The steps of one change in words."""
+    rest = len(steps) - STEPS_TOLD_MAX
+    return ", ".join(map(str, steps[:STEPS_TOLD_MAX])) + (f" and {rest} more steps" if rest > 0 else "")
+
+
+def _at_epoch(ring: RingMap) -> str:
+    return f"epoch {ring.epoch}, {ring.slots} slots on {_shards(len(ring.members))}"
 
 
 def _lost_sentence(current: RingMap, lost: dict[ShardName, ShardEndpoint]) -> str:
@@ -155,11 +264,13 @@ def _waiting_sentence(absent: list[ShardName], unready: list[ShardName]) -> str:
     return "; ".join(parts)
 
 
-def _shared_volume(endpoints: list[ShardEndpoint]) -> str | None:
+def _shared_volume(view: View, current: RingMap | None, joining: list[ShardName]) -> str | None:
     """Two shards that announce one volume are a mistake of configuration; a map would bind both to it."""
     holders: defaultdict[str, list[ShardName]] = defaultdict(list)
-    for endpoint in endpoints:
-        holders[endpoint.volume_id].append(endpoint.name)
+    for member in () if current is None else current.members:
+        holders[member.volume_id].append(member.name)
+    for name in joining:
+        holders[view.shards[name].volume_id].append(name)
     for volume_id, names in holders.items():
         if len(names) > 1:
             return f"held: {_listed(names)} announce the same volume {volume_id}"

@@ -171,7 +171,8 @@ def view_of(seen: Observed) -> View:
     assert seen.map_seen is not None
     ready = {f"shard-{number}" for number, pod in seen.pods.items() if is_ready(pod)}
     shards = {name: msgspec.structs.replace(endpoint, ready=name in ready) for name, endpoint in seen.endpoints.items()}
-    spec = RingSpec(uid=seen.map_seen.ring_uid, slots=seen.map_seen.slots, shards=seen.ring.spec.replicas)
+    # Until the StatefulSet follows moves: no shard more or less than the map has.
+    spec = RingSpec(uid=seen.map_seen.ring_uid, slots=seen.map_seen.slots, shards=_shards(seen))
     return View(spec=spec, map=seen.map_seen.map, shards=shards)
 
 

@@ -1,0 +1,84 @@
+"""What a controller remembers from look to look: times, which no look can show. Pure.
+
+Promise: nothing here is needed to be right: a controller that begins without it makes the same moves, it only waits
+anew (for a seal to be confirmed, after a failure, for a shard to join). Must not be done here: reading clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+
+from fleetlm_common.ids import ShardName
+from fleetlm_common.ring import Move
+
+BACKOFF_FIRST_S: Final = 1.0
+BACKOFF_MAX_S: Final = 60.0
+"""Before a move that failed is tried again, doubled with each failure: what failed it (a full disk, a node that is
+away) seldom mends itself at once, and each try costs a copy."""
+
+_NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
+Pair = tuple[ShardName, ShardName]
+"""Source and target."""
+
+
+class Watched(msgspec.Struct, frozen=True):
+    """A move in flight: since when it is in its state, and since when what its target says of it has not changed."""
+
+    state: str
+    since_s: float
+    said: tuple[str, int, int]
+    said_since_s: float
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A pair whose last moves failed: not again before `until_s`."""
+
+    count: int
+    until_s: float
+    why: str
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything; the default is that of a controller that has just begun."""
+
+    moves: Mapping[str, Watched] = _NOTHING
+    failures: Mapping[Pair, Failure] = _NOTHING
+    awaited_since_s: Mapping[ShardName, float] = _NOTHING
+    """Shards that are asked for and are no members yet."""
+
+    def awaiting(self, names: list[ShardName], now_s: float) -> Memory:
+        """Remember who is awaited now."""
+        since = {name: self.awaited_since_s.get(name, now_s) for name in names}
+        return msgspec.structs.replace(self, awaited_since_s=since)
+
+    def watching(self, said: Mapping[str, tuple[Move, tuple[str, int, int]]], now_s: float) -> Memory:
+        """Remember the moves in flight, each with what its target says; those that are gone are forgotten."""
+        return msgspec.structs.replace(
+            self, moves={ident: self._watched(move, words, now_s) for ident, (move, words) in said.items()}
+        )
+
+    def _watched(self, move: Move, said: tuple[str, int, int], now_s: float) -> Watched:
+        known = self.moves.get(move.id)
+        if known is None or known.state != move.state:
+            return Watched(move.state, now_s, said, now_s)
+        return known if known.said == said else msgspec.structs.replace(known, said=said, said_since_s=now_s)
+
+    def failed(self, pair: Pair, why: str, now_s: float) -> Memory:
+        """A move of this pair was aborted although it is wanted."""
+        before = self.failures.get(pair)
+        count = 1 if before is None else before.count + 1
+        pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(count - 1, 16))
+        return msgspec.structs.replace(self, failures={**self.failures, pair: Failure(count, now_s + pause_s, why)})
+
+    def succeeded(self, pair: Pair) -> Memory:
+        """A move of this pair was committed."""
+        left = {other: failure for other, failure in self.failures.items() if other != pair}
+        return msgspec.structs.replace(self, failures=left)
+
+
+NO_MEMORY: Final = Memory()
+"""Of a controller that has just begun."""

@@ -1,0 +1,475 @@
+"""Moves: whatever happens in whatever order, each slot has one owner, and the ring ends as people asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetlm_common.control import Pin
+from fleetlm_common.ids import ShardName, Slot
+from fleetlm_common.ring import RingMap
+from fleetlm_operator import moving
+from fleetlm_operator.mapsteps import Begin, Commit, after
+from fleetlm_operator.memory import BACKOFF_MAX_S
+from fleetlm_operator.planning import JOIN_WAIT_S, shard_names
+from tests.test_operator.playedring import PlayedController, PlayedRing
+
+Event = Callable[[PlayedRing, list[PlayedController]], None]
+
+
+def name(ordinal: int) -> ShardName:
+    return ShardName(f"shard-{ordinal}")
+
+
+def ring_of(shards: int, slots: int = 24) -> tuple[PlayedRing, PlayedController]:
+    """A ring at rest and its controller."""
+    ring = PlayedRing(shards=shards, slots=slots)
+    controller = PlayedController(ring)
+    ring.settle([controller])
+    assert ring.map is not None
+    return ring, controller
+
+
+def counts(ring: PlayedRing) -> dict[str, int]:
+    assert ring.map is not None
+    return dict(Counter(found.owner for found in ring.map.owners()))
+
+
+def the_map(ring: PlayedRing) -> RingMap:
+    assert ring.map is not None
+    return ring.map
+
+
+def step(ring: PlayedRing, controller: PlayedController, *, shards: bool = True) -> str:
+    """All shards act, the controller takes one step; what it said."""
+    ring.run_processes()
+    for shard in ring.shards.values() if shards else ():
+        shard.act()
+    sentence = controller.look().sentence
+    assert controller.act()
+    return sentence
+
+
+def until(ring: PlayedRing, controller: PlayedController, holds: Callable[[RingMap], bool]) -> None:
+    """Steps until the map is so."""
+    for _ in range(50):
+        if holds(the_map(ring)):
+            return
+        step(ring, controller)
+    raise AssertionError(the_map(ring))
+
+
+def is_sealing(ring_map: RingMap) -> bool:
+    return any(move.state == "Sealing" for move in ring_map.moves)
+
+
+# One operation
+
+
+def test_shards_that_join_get_their_share() -> None:
+    """Three become five: as few slots move as can, in few moves."""
+    ring, controller = ring_of(3, slots=256)
+    ring.ask(shards=5)
+    ring.settle([controller])
+    assert sorted(counts(ring).values()) == [51, 51, 51, 51, 52]
+    assert [member.name for member in the_map(ring).members] == shard_names(ring.spec)
+    assert sum(bool(found.via) for found in the_map(ring).owners()) == 102
+    assert len(ring.begun) == len(ring.committed) <= 8
+
+
+def test_shards_that_leave_are_emptied_first_and_say_so_themselves() -> None:
+    """Five become two; a member goes only when it serves nothing by its own word."""
+    ring, controller = ring_of(5)
+    ring.ask(shards=2)
+    ring.shards[name(4)].stop()
+    for _ in range(60):
+        step(ring, controller)
+    ring.shards[name(4)].start()
+    ring.shards[name(4)].act()
+    until(ring, controller, lambda found: not found.slots_of(name(4)))
+    assert the_map(ring).member(name(4)) is not None
+    sentence = step(ring, controller, shards=False)
+    assert the_map(ring).member(name(4)) is not None, "it has not said anything about that map"
+    assert "waiting for" in sentence
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+    assert [member.name for member in the_map(ring).members] == shard_names(ring.spec)
+
+
+def test_a_step_waits_for_the_word_that_it_rests_on() -> None:
+    """Begin, then seal when the target is ready, then commit when it has confirmed: one map each."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    step(ring, controller)
+    assert step(ring, controller).startswith("began to move 12 slots from shard-0 to shard-1")
+    epoch = the_map(ring).epoch
+    assert step(ring, controller, shards=False).startswith("12 slots left to move, 1 move in flight")
+    assert the_map(ring).epoch == epoch
+    assert step(ring, controller).startswith(f"sealed move {epoch}.1 (12 slots from shard-0 to shard-1)")
+    assert step(ring, controller, shards=False).startswith("12 slots left to move, 1 move in flight (1 sealed)")
+    assert step(ring, controller).startswith(f"committed move {epoch}.1")
+    owner = the_map(ring).owner_of(Slot(23))
+    assert (owner.owner, owner.epoch, owner.via) == (name(1), epoch + 2, f"{epoch}.1")
+
+
+def test_a_cordoned_shard_is_emptied_and_stays() -> None:
+    """It comes back into its share when it is not cordoned any more."""
+    ring, controller = ring_of(3)
+    ring.ask(cordoned=(name(1),))
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-2": 12}
+    assert the_map(ring).member(name(1)) is not None
+    ring.ask(cordoned=())
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 8, "shard-1": 8, "shard-2": 8}
+
+
+def test_a_pin_moves_its_slots_and_holds_them() -> None:
+    """Others share the rest evenly; without the pin the ring is even again, and nothing moves that need not."""
+    ring, controller = ring_of(3)
+    ring.ask(pins=(Pin(Slot(0), Slot(3), name(2)), Pin(Slot(2), Slot(2), name(1)), Pin(Slot(9), Slot(9), name(7))))
+    ring.settle([controller])
+    owners = [found.owner for found in the_map(ring).owners()]
+    assert [owners[slot] for slot in (0, 1, 2, 3)] == [name(2), name(2), name(1), name(2)]
+    assert set(counts(ring).values()) == {8}
+    ring.ask(pins=(Pin(Slot(0), Slot(13), name(2)),))
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 5, "shard-1": 5, "shard-2": 14}
+    begun = len(ring.begun)
+    ring.ask(pins=())
+    ring.settle([controller])
+    assert set(counts(ring).values()) == {8}
+    assert len(ring.begun) > begun
+
+
+def test_every_shard_cordoned_is_held() -> None:
+    """Somebody must own the slots."""
+    ring, controller = ring_of(2)
+    ring.ask(cordoned=(name(0), name(1)))
+    assert controller.look().reason == "Held"
+    assert controller.look().new_map is None
+
+
+# What goes wrong
+
+
+def test_a_seal_that_is_not_confirmed_is_taken_back_and_tried_again_later() -> None:
+    """After three seconds the source goes on; the next try waits longer each time, and then it works."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    pauses: list[float] = []
+    for _ in range(3):
+        until(ring, controller, is_sealing)
+        step(ring, controller, shards=False)
+        sealed_s = ring.now_s
+        ring.now_s = sealed_s + moving.SEAL_S_MAX - 0.001
+        assert controller.look().new_map is None
+        assert controller.look().again_s == pytest.approx(0.001)
+        ring.now_s = sealed_s + moving.SEAL_S_MAX
+        assert "did not confirm it within 3 s" in step(ring, controller, shards=False)
+        assert not the_map(ring).moves
+        aborted_s = ring.now_s
+        assert "failed" in step(ring, controller)
+        while not the_map(ring).moves:
+            ring.now_s += 0.25
+            step(ring, controller)
+        pauses.append(ring.now_s - aborted_s)
+    assert pauses == [1.0, 2.0, 4.0]
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+
+
+def test_a_target_that_gives_up_is_believed() -> None:
+    """Its disk is full: the move is aborted with its reason, and tried again when the pause is over."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    until(ring, controller, lambda found: bool(found.moves))
+    target = ring.shards[name(1)]
+    target.failed.add(the_map(ring).moves[0].id)
+    sentence = step(ring, controller)
+    assert "shard-1 gave it up: disk_full" in sentence
+    assert controller.look().reason == "Moving"
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_copy_that_does_not_get_on_is_said_with_its_reason(who: int) -> None:
+    """It waits for the shard that is away, as long as it takes; nothing is lost by that."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    until(ring, controller, lambda found: bool(found.moves))
+    ring.shards[name(who)].stop()
+    step(ring, controller)
+    ring.now_s += moving.STALLED_S
+    decision = controller.look()
+    assert decision.reason == "MoveStalled"
+    assert f"does not get on: shard-{who} is not ready" in decision.sentence
+    ring.shards[name(who)].start()
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+
+
+def test_a_lost_volume_ends_its_moves() -> None:
+    """Neither its word nor its data is what the map means."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    until(ring, controller, is_sealing)
+    ring.shards[name(1)].act()
+    said = ring.announcements[name(1)]
+    assert said.moves[0].state == "Ready"
+    ring.shards[name(1)].act()
+    ring.announcements[name(1)] = msgspec.structs.replace(ring.announcements[name(1)], volume_id="another")
+    decision = controller.look()
+    assert decision.reason == "VolumeLost"
+    assert controller.act()
+    assert not the_map(ring).moves
+    assert counts(ring) == {"shard-0": 24}
+
+
+def test_shards_that_join_together_are_waited_for_together() -> None:
+    """No slot moves twice because one pod was slower; one that never comes holds nobody up for long."""
+    ring, controller = ring_of(3)
+    ring.ask(shards=5)
+    ring.shards[name(4)].up = False
+    for _ in range(5):
+        step(ring, controller)
+        ring.now_s += (JOIN_WAIT_S - 1) / 5
+    assert the_map(ring).member(name(3)) is not None
+    assert not the_map(ring).moves
+    ring.now_s += 1.001
+    step(ring, controller)
+    assert the_map(ring).moves
+    ring.settle([controller])
+    assert counts(ring) == dict.fromkeys(map(name, range(4)), 6)
+    ring.shards[name(4)].start()
+    ring.settle([controller])
+    assert sorted(counts(ring).values()) == [4, 5, 5, 5, 5]
+
+
+def test_an_emptying_shard_does_not_wait_for_who_joins() -> None:
+    """A cordoned shard is emptied also while another one is awaited."""
+    ring, controller = ring_of(3)
+    ring.ask(shards=4, cordoned=(name(0),))
+    ring.shards[name(3)].up = False
+    step(ring, controller)
+    assert {move.source for move in the_map(ring).moves} == {name(0)}
+
+
+def test_an_older_build_is_not_asked_to_move() -> None:
+    """It would not know what a move is: upgrade it first."""
+    ring, controller = ring_of(2)
+    for each in (0, 1):
+        ring.announcements[name(each)] = msgspec.structs.replace(ring.announcements[name(each)], serves=-1)
+    ring.spec = msgspec.structs.replace(ring.spec, shards=1)
+    decision = controller.look()
+    assert decision.new_map is None
+    assert decision.reason == "Held"
+    assert "must be upgraded first" in decision.sentence
+
+
+# Changes of mind
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_change_of_mind_takes_back_what_is_not_committed(*, sealed: bool) -> None:
+    """Up, then down before it ended: what moved already comes back, the rest never goes."""
+    ring, controller = ring_of(3)
+    ring.ask(shards=5)
+    until(ring, controller, is_sealing if sealed else lambda found: bool(found.moves))
+    ring.ask(shards=3)
+    step(ring, controller, shards=False)
+    assert not [move for move in the_map(ring).moves if move.target in {name(3), name(4)}]
+    ring.settle([controller])
+    assert counts(ring) == dict.fromkeys(map(name, range(3)), 8)
+    assert not controller.memory.failures, "that was no failure"
+
+
+def test_a_commit_is_not_taken_back() -> None:
+    """After it only forward: another move brings the slots where people want them now."""
+    ring, controller = ring_of(2)
+    ring.ask(shards=1)
+    until(ring, controller, lambda found: not found.slots_of(name(1)))
+    ring.ask(shards=2)
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+
+
+def test_a_plan_is_not_changed_by_its_own_progress() -> None:
+    """Every move that was begun is committed: none is aborted because another one ended first."""
+    for shards, then in ((3, 5), (5, 2), (1, 7), (7, 3), (4, 4)):
+        ring, controller = ring_of(shards, slots=101)
+        ring.ask(shards=then)
+        ring.settle([controller])
+        assert sorted(ring.begun) == sorted(ring.committed)
+        assert max(counts(ring).values()) - min(counts(ring).values()) <= 1
+
+
+def test_the_bounds_hold() -> None:
+    """Moves of a shard, of the ring, slots of a batch."""
+    ring, controller = ring_of(1, slots=1024)
+    ring.ask(shards=12)
+    seen = 0
+    for _ in range(300):
+        step(ring, controller)
+        found = the_map(ring)
+        seen = max(seen, len(found.moves))
+        assert max(Counter(move.source for move in found.moves).values(), default=0) <= moving.SHARD_MOVES_MAX
+        assert max(Counter(move.target for move in found.moves).values(), default=0) <= moving.SHARD_MOVES_MAX
+        assert all(len(move.slots) <= moving.BATCH_SLOTS_MAX for move in found.moves)
+    assert seen == moving.SHARD_MOVES_MAX
+    ring.ask(shards=24)
+    for _ in range(300):
+        step(ring, controller)
+        assert len(the_map(ring).moves) <= moving.RING_MOVES_MAX
+    ring.settle([controller])
+    assert set(counts(ring).values()) == {42, 43}
+
+
+# Steps that do not fit
+
+
+def test_steps_that_do_not_fit_the_map_make_none() -> None:
+    """A commit of what is not sealed, a step of a move that is gone: a defect, not a map."""
+    ring, controller = ring_of(2)
+    begun = after(the_map(ring), [Begin((Slot(0),), name(0), name(1))])
+    with pytest.raises(ValueError, match="not sealed"):
+        after(begun, [Commit(begun.moves[0])])
+    with pytest.raises(ValueError, match="no such move"):
+        after(the_map(ring), [Commit(begun.moves[0])])
+    with pytest.raises(ValueError, match="does not own"):
+        after(the_map(ring), [Begin((Slot(23),), name(0), name(1))])
+    assert controller.look().new_map is None
+
+
+# Everything in any order
+
+ORDINALS = st.integers(0, 6)
+
+
+def _shard_acts(ordinal: int) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        if name(ordinal) in ring.shards:
+            ring.shards[name(ordinal)].act()
+
+    return happen
+
+
+def _shard_dies(ordinal: int) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        if name(ordinal) in ring.shards:
+            ring.shards[name(ordinal)].stop()
+
+    return happen
+
+
+def _shard_comes_back(ordinal: int) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        if name(ordinal) in ring.shards:
+            ring.shards[name(ordinal)].start()
+
+    return happen
+
+
+def _target_fails(which: int) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        moves = () if ring.map is None else ring.map.moves
+        for move in moves[which : which + 1]:
+            if move.id not in ring.shards[move.target].confirmed:
+                ring.shards[move.target].failed.add(move.id)
+
+    return happen
+
+
+def _controller(which: int, doing: str) -> Event:
+    def happen(_: PlayedRing, controllers: list[PlayedController]) -> None:
+        controller = controllers[which]
+        if doing in {"look", "both"}:
+            controller.look()
+        if doing in {"act", "both"}:
+            controller.act()
+        if doing == "crash":
+            controller.crash()
+
+    return happen
+
+
+def _asks(shards: int, cordoned: list[int], pins: list[tuple[int, int, int]]) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        ring.ask(
+            shards=shards,
+            cordoned=tuple(map(name, cordoned)),
+            pins=tuple(Pin(Slot(min(one, two)), Slot(max(one, two)), name(shard)) for one, two, shard in pins),
+        )
+
+    return happen
+
+
+def _everybody_gets_on(times: int) -> Event:
+    def happen(ring: PlayedRing, controllers: list[PlayedController]) -> None:
+        for _ in range(times):
+            step(ring, controllers[0])
+
+    return happen
+
+
+def _time_passes(seconds: float) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        ring.now_s += seconds
+
+    return happen
+
+
+SLOTS = 20
+EVENTS = st.one_of(
+    st.builds(_shard_acts, ORDINALS),
+    st.builds(_shard_acts, ORDINALS),
+    st.builds(_shard_dies, ORDINALS),
+    st.builds(_shard_comes_back, ORDINALS),
+    st.builds(_target_fails, st.integers(0, 3)),
+    st.builds(_controller, st.integers(0, 1), st.sampled_from(["look", "act", "both", "both", "crash"])),
+    st.builds(
+        _asks,
+        st.integers(1, 7),
+        st.lists(ORDINALS, max_size=2, unique=True),
+        st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1), ORDINALS), max_size=2),
+    ),
+    st.builds(_everybody_gets_on, st.integers(1, 4)),
+    st.builds(_time_passes, st.sampled_from([0.5, 3.0, 20.0])),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 5), st.lists(EVENTS, max_size=60))
+def test_any_history_ends_as_people_asked_for(shards: int, events: list[Event]) -> None:
+    """Whoever dies, fails, looks late or changes his mind: no rule is broken, and with peace the ring is even."""
+    ring = PlayedRing(shards=shards, slots=SLOTS)
+    controllers = [PlayedController(ring), PlayedController(ring)]
+    ring.settle(controllers)
+    for happen in events:
+        ring.run_processes()
+        happen(ring, controllers)
+    for shard in ring.shards.values():
+        shard.start()
+    ring.now_s += BACKOFF_MAX_S
+    wanted = shard_names(ring.spec)
+    eligible = [each for each in wanted if each not in ring.spec.cordoned]
+    ring.settle(controllers)
+    assert not the_map(ring).moves
+    assert [each for each in wanted if the_map(ring).member(each) is None] == []
+    if not eligible:
+        return
+    assert {member.name for member in the_map(ring).members} == set(wanted)
+    pinned = {slot: pin.shard for pin in ring.spec.pins for slot in range(pin.first, pin.last + 1)}
+    owners = [found.owner for found in the_map(ring).owners()]
+    assert all(owners[slot] == shard for slot, shard in pinned.items() if shard in eligible)
+    free = Counter(owners)
+    at_least = Counter(shard for shard in pinned.values() if shard in eligible)
+    lowest = min(free[each] for each in eligible)
+    assert all(free[each] <= max(lowest + 1, at_least[each]) for each in eligible)
+    assert set(owners) <= set(eligible)
