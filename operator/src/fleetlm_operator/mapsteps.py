@@ -129,7 +129,6 @@ def counted(slots: int) -> str:
 
 
 def _there(moves: dict[str, Move], move: Move) -> Move:
-    found = moves.get(move.id)
-    if found != move:
+    if moves.get(move.id) != move:
         raise ValueError(f"there is no such move as {move.id}")
-    return found
+    return move

@@ -162,7 +162,8 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decisio
     again_s = _soonest(moves, memory, now_s)
     new_map = after(current, steps) if steps else None
     if new_map is not None:  # what is done now says more than how far the ring was before
-        findings = [*(each for each in findings if each[0] != "Moving"), ("Moving", _told(steps))]
+        findings = [each for each in findings if each[0] != "Moving"]
+        findings.append(("Moving", _told(steps)))
     sentence = "; ".join(text for _, text in findings)
     reason: Reason = findings[0][0] if findings else "Steady"
     text = f"{sentence} ({_at_epoch(new_map or current)})" if sentence else f"steady at {_at_epoch(current)}, all ready"
