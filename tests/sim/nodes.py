@@ -194,6 +194,7 @@ class ShardNode(Node):
             secret=SECRET,
             new_volume_id=f"volume-{entropy.getrandbits(64):016x}",
             boot_id=f"boot-{entropy.getrandbits(64):016x}",
+            archive_dsn="",
             lanes=lambda _: sim_lanes(process, self.drive),
             exit_now=process.exit,
         )

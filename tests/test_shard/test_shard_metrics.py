@@ -31,6 +31,22 @@ STILL = {
     "fleetlm_shard_checkpoint_failures_total": "a disk that fails",
     "fleetlm_shard_log_damaged_ranges": "damage (test_log_damage.py)",
     "fleetlm_shard_log_stray_files": "an elder's late files (test_log_boot.py)",
+    **{
+        f"fleetlm_shard_{name}": "an archive (tests/integration/test_archive.py)"
+        for name in (
+            "archived_messages_total",
+            "archive_batches_total",
+            "archive_duplicates_total",
+            "archive_failures_total",
+            "archive_quarantined_total",
+            "archive_damaged_ranges_total",
+            "archiver_starts_total",
+            "archiving",
+            "archive_lag_bytes",
+            "archive_lag_seconds",
+            "archive_halted_slots",
+        )
+    },
     "fleetlm_shard_log_marks_total": "an idle second, waited for below",
 }
 """What needs a fault that other tests make; named so that nothing is left out in silence."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fleetlm_shard.chain import Link
+    from fleetlm_shard.framing import SegmentHeader
     from fleetlm_shard.lanes import Lanes
     from fleetlm_shard.log_types import CheckpointRow
     from fleetlm_shard.records import Record
@@ -371,17 +372,20 @@ class Log:
 
         self._lanes.background.submit(lambda: write_index(disk, temps, link, index, made_in=term, pause=pause), done)
 
-    async def trim(self, *, max_bytes: int | None, max_age_s: float | None, now_ms: int) -> bool:
+    async def trim(
+        self, *, max_bytes: int | None, max_age_s: float | None, now_ms: int, below_pos: int | None = None
+    ) -> bool:
         """Drop the oldest sealed segments: while the log is larger than `max_bytes`, or all in them older.
 
-        Only what lies below the replay positions of both kept checkpoints can go. Returns whether `trim_pos` moved.
+        Only what lies below `below_pos` (what is archived) and the replay positions of both kept checkpoints can go.
+        Returns whether `trim_pos` moved.
 
         Raises:
             LogStopped: the log ended meanwhile.
         """
         if self._trimming:
             return False
-        count = self._trimmable(max_bytes, max_age_s, now_ms)
+        count = self._trimmable(max_bytes, max_age_s, now_ms, below_pos)
         if not count:
             return False
         self._trimming = True
@@ -409,11 +413,13 @@ class Log:
             self._trimming = False
         return True
 
-    def _trimmable(self, max_bytes: int | None, max_age_s: float | None, now_ms: int) -> int:
+    def _trimmable(self, max_bytes: int | None, max_age_s: float | None, now_ms: int, below_pos: int | None) -> int:
         """How many of the oldest segments may go."""
         if len(self._kept) < CHECKPOINTS_KEPT:
             return 0
         limit_pos = min(each.stored.replay_from_pos for each in self._kept)
+        if below_pos is not None:
+            limit_pos = min(limit_pos, below_pos)
         total = sum(link.header.size for link in self._sealed) + self._appender.active.header.size
         count = 0
         for link in self._sealed:
@@ -445,6 +451,10 @@ class Log:
     def trim_pos(self) -> int:
         """Nothing below is held."""
         return self._trim.below_pos if self._trim else 0
+
+    def places(self) -> list[tuple[SegmentHeader, int]]:
+        """Header and end of each segment, oldest first, for readers in other processes; the active one's end is 0."""
+        return [*((link.header, link.end_pos) for link in self._sealed), (self._appender.active.header, 0)]
 
     @property
     def damage(self) -> Sequence[Damage]:

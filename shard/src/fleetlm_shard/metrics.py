@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fleetlm_shard.archive.worker import Report
+
 if TYPE_CHECKING:
     from fleetlm_shard.shard import Shard
 
@@ -22,6 +24,18 @@ _SECONDS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.0
 _COUNTS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 Number = Callable[["Shard"], float]
+
+
+def _archive(shard: Shard) -> Report:
+    """How the archive stands; of a shard without one nothing ever moves."""
+    return _NO_ARCHIVE if shard.archiver is None else shard.archiver.report
+
+
+def _lag_s(shard: Shard) -> float:
+    return 0.0 if shard.archiver is None else shard.archiver.lag_s
+
+
+_NO_ARCHIVE: Final = Report()
 
 COUNTERS: Final[tuple[tuple[str, str, Number], ...]] = (
     ("appended_messages", "Messages taken into the log", lambda s: s.sequencer.appended),
@@ -60,6 +74,13 @@ COUNTERS: Final[tuple[tuple[str, str, Number], ...]] = (
     ("log_background_failures", "Housekeeping of the log that failed", lambda s: s.log.stats.background_failures),
     ("checkpoints", "Checkpoints written", lambda s: s.log.stats.checkpoints),
     ("checkpoint_failures", "Checkpoints that failed", lambda s: s.log.stats.checkpoint_failures),
+    ("archived_messages", "Messages written to the archive", lambda s: _archive(s).messages),
+    ("archive_batches", "Transactions of the archive", lambda s: _archive(s).batches),
+    ("archive_duplicates", "Messages that the archive had already", lambda s: _archive(s).duplicates),
+    ("archive_failures", "Times that the database went away or refused", lambda s: _archive(s).failures),
+    ("archive_quarantined", "Records that PostgreSQL refused", lambda s: _archive(s).quarantined),
+    ("archive_damaged_ranges", "Ranges of the log that could not be archived", lambda s: _archive(s).damaged),
+    ("archiver_starts", "Starts of the archiver's process", lambda s: s.archiver.starts if s.archiver else 0),
 )
 """(name without prefix and `_total`, help, where it is)."""
 
@@ -91,6 +112,10 @@ GAUGES: Final[tuple[tuple[str, str, Number], ...]] = (
     ("log_damaged_ranges", "Ranges of the log that are unreadable", lambda s: len(s.log.damage)),
     ("log_stray_files", "Files of the log's folder that are not part of it", lambda s: len(s.log.stats.strays)),
     ("disk_free_bytes", "Free space on the volume, as of the last round", lambda s: s.log.stats.free_bytes),
+    ("archiving", "1 while the archive takes what it is given", lambda s: _archive(s).state == "Archiving"),
+    ("archive_lag_bytes", "Log that is durable and not archived", lambda s: s.archiver.lag_bytes if s.archiver else 0),
+    ("archive_lag_seconds", "Age of the oldest message in the archive's transaction under way", lambda s: _lag_s(s)),
+    ("archive_halted_slots", "Slots with another message in the archive", lambda s: len(_archive(s).halted)),
 )
 """(name without prefix, help, where it is)."""
 

@@ -29,6 +29,9 @@ from fleetlm_common.ids import ShardName
 from fleetlm_common.ops import Health, OpsServer
 from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_shard import admin
+from fleetlm_shard.archive.archiver import Archiver, Source
+from fleetlm_shard.archive.feed import Segment
+from fleetlm_shard.archive.link import Start
 from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
 from fleetlm_shard.config import PREFIX
 from fleetlm_shard.log_types import LogError, LogUnreadable
@@ -77,6 +80,8 @@ class Outside:
     boot_id: str
     lanes: Callable[[asyncio.AbstractEventLoop], Lanes]
     """Makes the log's threads."""
+    archive_dsn: str
+    """Where PostgreSQL is; empty: no archive."""
     exit_now: Callable[[int], NoReturn]
     """Ends the process before another line of it runs (`os._exit`)."""
 
@@ -182,6 +187,9 @@ class ShardProcess:
         self._address = (self._config.advertise_host or host, self._listener.sockets[0].getsockname()[1])
         self._events.event("listening", host=host, port=self._address[1], term=booted.volume.term)
         self._shard = shard
+        if self._outside.archive_dsn:
+            shard.archiver = self._archiver(shard, booted.volume)
+            self._run("archive", shard.archiver.run())
         self._run("announce", self._announce(booted.volume))
         self._run("watch", shard.ownership.watch())
         self._run("upkeep", shard.upkeep.run())
@@ -219,6 +227,24 @@ class ShardProcess:
                 on_stopped=self._on_log_stopped,
             ),
         )
+
+    def _archiver(self, shard: Shard, volume: Volume) -> Archiver:
+        config, log = self._config, shard.log
+        start = Start(
+            folder=config.data,
+            dsn=self._outside.archive_dsn,
+            ring_uid=volume.ring_uid,
+            shard=config.name,
+            volume_id=volume.volume_id,
+            term=volume.term,
+            log_style=config.log_style,
+            log_level=config.log_level,
+        )
+        source = Source(
+            segments=lambda: [Segment(header, end_pos) for header, end_pos in log.places()],
+            durable_pos=lambda: log.durable_pos,
+        )
+        return Archiver(start=start, source=source, clock=self._outside.clock, events=self._events)
 
     async def _announce(self, volume: Volume) -> None:
         """Say where this shard is and whether it is ready, whenever that changes; runs until cancelled."""
@@ -290,7 +316,8 @@ class ShardProcess:
         if shard is not None:
             shard.server.close()
             await self._flushed(shard)
-        self._cancel("announce", "keep_term")
+        # The archiver has its own process: it ends with what it hears from us.
+        self._cancel("announce", "keep_term", "archive")
         if self._volume is not None:
             with suppress(ControlPlaneUnavailable, TimeoutError):
                 async with asyncio.timeout(FLUSH_S):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fleetlm_common.logs import Logger
     from fleetlm_common.ring import RingMap
     from fleetlm_shard.appender import Durable
+    from fleetlm_shard.archive.archiver import Archiver
     from fleetlm_shard.config import ShardConfig
     from fleetlm_shard.lanes import Lanes
     from fleetlm_shard.rebuild import Rebuilt
@@ -116,6 +117,8 @@ class Shard:
         self.memory = memory
         self.draining = False
         self.stopped: BaseException | None = None
+        self.archiver: Archiver | None = None
+        """Set by the process if there is an archive."""
         self._world = world
         self._slots = slots
         self.log = Log(
@@ -162,6 +165,7 @@ class Shard:
             sessions=sessions,
             keys=memory.keys,
             opened=lambda: self.ownership.opened,
+            archived_below=lambda: None if self.archiver is None else self.archiver.floor_pos,
             config=config,
             clock=world.clock,
             sleep=world.sleep,
@@ -224,6 +228,9 @@ class Shard:
         if self.log.damage:
             words = f"{len(self.log.damage)} ranges of the log are unreadable; readers get gaps"
             return Health(ok=True, reason="LogDamaged", message=words)
+        archive = None if self.archiver is None else self.archiver.health()
+        if archive is not None:
+            return archive
         return Health(ok=True, reason="Ready", message=f"{len(self.ownership.serves)} slots")
 
     async def close(self, *, checkpoint: bool) -> None:

@@ -41,6 +41,7 @@ class Upkeep:
         sessions: Sessions,
         keys: KeyWindow,
         opened: Callable[[], Mapping[Slot, Epoch]],
+        archived_below: Callable[[], int | None],
         config: ShardConfig,
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]],
@@ -50,6 +51,7 @@ class Upkeep:
         self._sessions = sessions
         self._keys = keys
         self._opened = opened
+        self._archived_below = archived_below
         self._config = config
         self._clock = clock
         self._sleep = sleep
@@ -110,7 +112,7 @@ class Upkeep:
         return True
 
     async def retain(self) -> None:
-        """Drop the oldest segments that retention says may go.
+        """Drop the oldest segments that retention says may go; with an archive only what it has.
 
         Raises:
             LogStopped: the log ended meanwhile.
@@ -123,6 +125,7 @@ class Upkeep:
                 max_bytes=config.retention_bytes or None,
                 max_age_s=config.retention_age_s or None,
                 now_ms=self._clock.now_ms(),
+                below_pos=self._archived_below(),
             )
         except (LogBusy, LogDiskFull, OSError) as error:
             self._events.event("retention.failed", level="warning", error=str(error))

@@ -1,0 +1,191 @@
+"""A shard with an archive: real processes, a real PostgreSQL; what is in the log is in the archive, exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import msgspec
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from fleetlm_cli.postgres import Postgres
+from tests.support.postgres import empty_database, running
+from tests.support.rpcclient import RpcClient
+from tests.support.shardprocess import ShardProcess, ShardRing
+
+WAIT_S = 60.0
+POLL_S = 0.05
+
+
+class Rig:
+    """A database, and a ring whose shard archives to it."""
+
+    def __init__(self, folder: Path, server: Postgres, dsn: str) -> None:
+        self.server = server
+        self.dsn = dsn
+        self.ring = ShardRing(folder)
+        self._url = folder / "archive-url"
+        self._url.write_text(dsn + "\n")
+
+    @asynccontextmanager
+    async def shard(self, env: Mapping[str, str] | None = None) -> AsyncIterator[ShardProcess]:
+        """A running member that archives."""
+        own = {"ARCHIVE_URL_FILE": str(self._url), **(env or {})}
+        async with self.ring.process(env=own) as shard:
+            await self.ring.bind(shard.name)
+            await shard.event("map.adopted")
+            yield shard
+
+    async def archived(self) -> dict[str, list[bytes]]:
+        """Bodies by session, ascending."""
+        connection = await asyncpg.connect(self.dsn)
+        try:
+            rows = await connection.fetch("SELECT session, seq, body FROM fleetlm.messages ORDER BY session, seq")
+        except asyncpg.UndefinedTableError:
+            return {}
+        finally:
+            await connection.close()
+        found: dict[str, list[bytes]] = {}
+        for row in rows:
+            bodies = found.setdefault(row["session"].decode(), [])
+            bodies.append(row["body"])
+            assert row["seq"] == len(bodies), "seqs follow each other from 1"
+        return found
+
+
+@asynccontextmanager
+async def rig(folder: Path) -> AsyncIterator[Rig]:
+    """Everything but the shard's process."""
+    async with running(folder) as server:
+        yield Rig(folder, server, await empty_database(server))
+
+
+async def metric(shard: ShardProcess, name: str) -> float:
+    """One series of the shard."""
+    _, text = await shard.get("/metrics")
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == f"fleetlm_shard_{name}":
+                return sample.value
+    raise AssertionError(f"no metric {name}")
+
+
+async def caught_up(shard: ShardProcess) -> None:
+    """Wait until the archive has everything that is durable."""
+    async with asyncio.timeout(WAIT_S):
+        while await metric(shard, "archiving") != 1 or await metric(shard, "archive_lag_bytes") != 0:
+            await asyncio.sleep(POLL_S)
+
+
+async def log_of(client: RpcClient, sessions: list[str]) -> dict[str, list[dict[str, object]]]:
+    """What the shard itself replays."""
+    return {session: await client.read_all(session) for session in sessions}
+
+
+def decoded(archived: dict[str, list[bytes]]) -> dict[str, list[dict[str, object]]]:
+    """Bodies as values."""
+    return {session: [msgspec.json.decode(body) for body in bodies] for session, bodies in archived.items()}
+
+
+async def append_some(client: RpcClient, sessions: list[str], *, first: int, count: int) -> None:
+    """`count` messages to each session."""
+    for number in range(first, first + count):
+        await asyncio.gather(*(client.append(session, f"{session} {number}") for session in sessions))
+
+
+async def test_everything_reaches_the_archive_and_metrics_say_so(tmp_path: Path) -> None:
+    """Messages, cursors and created sessions; a restart goes on where the last process ended."""
+    sessions = [f"s{number}" for number in range(5)]
+    async with rig(tmp_path) as it:
+        async with it.shard() as shard, await shard.client() as client:
+            await client.create("made", b'{"a":1}')
+            await append_some(client, sessions, first=0, count=20)
+            await client.mark_read("s1", "bob", 7)
+            await caught_up(shard)
+            assert decoded(await it.archived()) == await log_of(client, sessions)
+            assert await metric(shard, "archived_messages_total") == 100
+            assert await metric(shard, "archive_batches_total") >= 1
+            assert await metric(shard, "archiver_starts_total") == 1
+            shard.signal(signal.SIGTERM)
+            assert await shard.ended() == 0
+        async with it.shard() as shard, await shard.client() as client:
+            await append_some(client, sessions, first=20, count=5)
+            await caught_up(shard)
+            assert decoded(await it.archived()) == await log_of(client, sessions)
+            assert await metric(shard, "archived_messages_total") == 25, "only the new ones"
+        connection = await asyncpg.connect(it.dsn)
+        assert await connection.fetchval("SELECT metadata FROM fleetlm.sessions WHERE session = 'made'") == b'{"a":1}'
+        found = await connection.fetchval("SELECT read_seq FROM fleetlm.participants WHERE participant = 'bob'")
+        await connection.close()
+        assert found == 7
+
+
+async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_path: Path) -> None:
+    """SIGKILL of each at random moments under load: when all is quiet the archive equals the log."""
+    source = random.Random(20261125)
+    sessions = [f"s{number}" for number in range(8)]
+    async with rig(tmp_path) as it:
+        number = 0
+        for _ in range(4):
+            async with it.shard() as shard, await shard.client() as client:
+                for _ in range(3):
+                    await append_some(client, sessions, first=number, count=15)
+                    number += 15
+                    await asyncio.sleep(source.random() * 0.2)
+                    victim = source.choice(["archiver", "database", "none"])
+                    if victim == "archiver":
+                        for child in psutil.Process(shard.pid).children():
+                            child.kill()
+                    elif victim == "database":
+                        await it.server.crash()
+                        await it.server.start()
+                await shard.kill()
+        async with it.shard() as shard, await shard.client() as client:
+            await caught_up(shard)
+            assert decoded(await it.archived()) == await log_of(client, sessions)
+        assert number * len(sessions) == sum(map(len, (await it.archived()).values()))
+
+
+async def test_a_database_that_is_away_holds_segments_and_nobody_up(tmp_path: Path) -> None:
+    """Appends go on, retention keeps what is not archived, readiness says why; on return it catches up and they go."""
+    async with rig(tmp_path) as it:
+        await it.server.stop()
+        env = {"RETENTION_BYTES": "1", "CHECKPOINT_BYTES": str(1024 * 1024)}
+        async with it.shard(env) as shard, await shard.client() as client:
+            await shard.wait_reason("ArchiveAway")
+            status, _ = await shard.get("/health/ready")
+            assert status == 200
+            for number in range(200):
+                await client.append(f"s{number % 4}", f"{number} " + "x" * 50_000)
+            await asyncio.sleep(12)
+            assert await metric(shard, "log_trimmed_segments_total") == 0
+            assert await metric(shard, "archive_failures_total") > 0
+            assert await metric(shard, "archive_lag_bytes") > 9_000_000
+            await it.server.start()
+            await caught_up(shard)
+            async with asyncio.timeout(WAIT_S):
+                while await metric(shard, "log_trimmed_segments_total") == 0:
+                    await client.append("s0", "y" * 50_000)
+                    await asyncio.sleep(0.5)
+            assert sum(map(len, (await it.archived()).values())) >= 200
+
+
+async def test_another_rings_database_is_said_and_left_alone(tmp_path: Path) -> None:
+    """The shard serves; its readiness names the other ring."""
+    async with rig(tmp_path) as it:
+        async with it.shard() as shard:
+            await caught_up(shard)
+        connection = await asyncpg.connect(it.dsn)
+        await connection.execute("UPDATE fleetlm.archive SET ring_uid = 'another'")
+        await connection.close()
+        async with it.shard() as shard, await shard.client() as client:
+            await shard.wait_reason("ArchiveRefused")
+            await client.append("s", "one")
+            assert "another" in (await shard.get("/health/ready"))[1]
+        assert await it.archived() == {}
