@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Rig:
         self._url.write_text(dsn + "\n")
 
     @asynccontextmanager
-    async def shard(self, env: Mapping[str, str] | None = None) -> AsyncIterator[ShardProcess]:
+    async def shard(self, env: Mapping[str, str] | None = None) -> AsyncGenerator[ShardProcess]:
         """A running member that archives."""
         own = {"ARCHIVE_URL_FILE": str(self._url), **(env or {})}
         async with self.ring.process(env=own) as shard:
@@ -60,7 +60,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(folder: Path) -> AsyncIterator[Rig]:
+async def rig(folder: Path) -> AsyncGenerator[Rig]:
     """Everything but the shard's process."""
     async with running(folder) as server:
         yield Rig(folder, server, await empty_database(server))
@@ -79,7 +79,9 @@ async def metric(shard: ShardProcess, name: str) -> float:
 async def caught_up(shard: ShardProcess) -> None:
     """Wait until the archive has everything that is durable."""
     async with asyncio.timeout(WAIT_S):
-        while await metric(shard, "archiving") != 1 or await metric(shard, "archive_lag_bytes") != 0:
+        while True:
+            if await metric(shard, "archiving") == 1 and await metric(shard, "archive_lag_bytes") == 0:
+                return
             await asyncio.sleep(POLL_S)
 
 
@@ -135,9 +137,9 @@ async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_
         for _ in range(4):
             async with it.shard() as shard, await shard.client() as client:
                 for _ in range(3):
-                    await append_some(client, sessions, first=number, count=15)
-                    number += 15
-                    await asyncio.sleep(source.random() * 0.2)
+                    count = source.randrange(1, 30)
+                    await append_some(client, sessions, first=number, count=count)
+                    number += count
                     victim = source.choice(["archiver", "database", "none"])
                     if victim == "archiver":
                         for child in psutil.Process(shard.pid).children():
@@ -152,28 +154,22 @@ async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_
         assert number * len(sessions) == sum(map(len, (await it.archived()).values()))
 
 
-async def test_a_database_that_is_away_holds_segments_and_nobody_up(tmp_path: Path) -> None:
-    """Appends go on, retention keeps what is not archived, readiness says why; on return it catches up and they go."""
+async def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
+    """Appends go on, the lag shows, readiness says why; on its return the archive catches up."""
     async with rig(tmp_path) as it:
         await it.server.stop()
-        env = {"RETENTION_BYTES": "1", "CHECKPOINT_BYTES": str(1024 * 1024)}
-        async with it.shard(env) as shard, await shard.client() as client:
+        async with it.shard() as shard, await shard.client() as client:
             await shard.wait_reason("ArchiveAway")
             status, _ = await shard.get("/health/ready")
             assert status == 200
             for number in range(200):
                 await client.append(f"s{number % 4}", f"{number} " + "x" * 50_000)
-            await asyncio.sleep(12)
-            assert await metric(shard, "log_trimmed_segments_total") == 0
             assert await metric(shard, "archive_failures_total") > 0
             assert await metric(shard, "archive_lag_bytes") > 9_000_000
             await it.server.start()
             await caught_up(shard)
-            async with asyncio.timeout(WAIT_S):
-                while await metric(shard, "log_trimmed_segments_total") == 0:
-                    await client.append("s0", "y" * 50_000)
-                    await asyncio.sleep(0.5)
-            assert sum(map(len, (await it.archived()).values())) >= 200
+            assert sum(map(len, (await it.archived()).values())) == 200
+            await shard.wait_reason("Ready")
 
 
 async def test_another_rings_database_is_said_and_left_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Promise: a server in a folder of its own on a Unix socket, gone at the end. Must
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Postgres]:
+async def running(folder: Path) -> AsyncGenerator[Postgres]:
     """A server that a test may stop and start; without syncs, for a test's machine does not crash."""
     server = Postgres(folder / "postgres", log=folder / "postgres.log", settings={"fsync": "off"})
     await server.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @asynccontextmanager
-async def a_store(dsn: str, volume: Volume = VOLUME) -> AsyncIterator[tuple[Store, Standing]]:
+async def a_store(dsn: str, volume: Volume = VOLUME) -> AsyncGenerator[tuple[Store, Standing]]:
     """An open store."""
     connection = await connect(dsn, name="test")
     try:
@@ -211,7 +211,7 @@ class Played:
 
 
 @asynccontextmanager
-async def played(dsn: str, records: list[Record], *, volume: Volume = VOLUME) -> AsyncIterator[Played]:
+async def played(dsn: str, records: list[Record], *, volume: Volume = VOLUME) -> AsyncGenerator[Played]:
     """A running worker."""
     it = Played(dsn, records)
     feed = Feed(it.read)

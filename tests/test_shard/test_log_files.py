@@ -119,6 +119,7 @@ async def test_retention_drops_old_segments_and_says_where_the_log_begins() -> N
     assert not await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0), "one checkpoint is no spare"
     await opened.checkpoint()
     assert not await opened.log.trim(max_bytes=1 << 30, max_age_s=1000, now_ms=100_000)
+    assert not await opened.log.trim(max_bytes=0, max_age_s=None, now_ms=0, below_pos=0), "nothing is archived"
     assert await opened.log.trim(max_bytes=None, max_age_s=70, now_ms=100_000)
     by_age = opened.log.trim_pos
     assert by_age > 0

@@ -31,6 +31,7 @@ from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_shard import admin
 from fleetlm_shard.archive.archiver import Archiver, Source
 from fleetlm_shard.archive.feed import Segment
+from fleetlm_shard.archive.library import Library
 from fleetlm_shard.archive.link import Start
 from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
 from fleetlm_shard.config import PREFIX
@@ -189,6 +190,7 @@ class ShardProcess:
         self._shard = shard
         if self._outside.archive_dsn:
             shard.archiver = self._archiver(shard, booted.volume)
+            shard.cold.shelves = Library(self._outside.archive_dsn, name=f"fleetlm {self._config.name} reader")
             self._run("archive", shard.archiver.run())
         self._run("announce", self._announce(booted.volume))
         self._run("watch", shard.ownership.watch())

@@ -1,6 +1,6 @@
 """Replay: one function that merges what holds a session's messages and proves that nothing is missing between them.
 
-    ring (memory) → log (disk)      an archive will stand behind the log, as one more `Source`
+    ring (memory) → log (disk) → archive (PostgreSQL, if there is one)
 
 Promise: a page's messages have contiguous seqs from `first_seq`; whatever lies between the asked cursor and them is
 said as a `Gap`; a hole after some messages ends the page, so that the next one begins with the gap. Only what is
@@ -18,7 +18,7 @@ from fleetlm_common.rpc import Gap, Page, Read
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fleetlm_shard.log import Log
+    from fleetlm_shard.archive.cold import Cold
     from fleetlm_shard.log_types import Missing, StoredMessage
     from fleetlm_shard.sessions import Session, Sessions
 
@@ -28,12 +28,12 @@ class Replay:
 
     Args:
         sessions: hot state.
-        log: where everything durable is until retention.
+        cold: where everything durable is: the log, and the archive behind it.
     """
 
-    def __init__(self, sessions: Sessions, log: Log) -> None:
+    def __init__(self, sessions: Sessions, cold: Cold) -> None:
         self._sessions = sessions
-        self._log = log
+        self._cold = cold
         self.pages = 0
         self.pages_cold = 0
         self.gaps = 0
@@ -67,7 +67,9 @@ class Replay:
         session = self._sessions.get(session_id)
         if seq >= session.ring_first_seq:
             return session.ring[seq - session.ring_first_seq]
-        found = await self._log.read(session_id, first_seq=seq, limit=1, bytes_max=PAGE_BYTES_MAX)
+        found = await self._cold.read(
+            session_id, first_seq=seq, last_seq=session.seq_durable, limit=1, bytes_max=PAGE_BYTES_MAX
+        )
         return found.messages[0].json if found.messages and found.messages[0].seq == seq else None
 
     async def earliest_seq(self, session_id: str) -> int:
@@ -77,16 +79,16 @@ class Replay:
             LogError: the log cannot be read.
         """
         session = self._sessions.get(session_id)
-        trim_pos = self._log.trim_pos
-        if session.first_seq == 0 or session.last_pos < trim_pos:
+        trim_pos = self._cold.trim_pos
+        if session.first_seq == 0 or (session.last_pos < trim_pos and self._cold.shelves is None):
             return session.seq_durable + 1
         if session.first_pos >= trim_pos:
             return session.first_seq
         if session.earliest_trim_pos != trim_pos:
-            earliest = await self._log.earliest(session_id)
+            earliest = await self._cold.earliest(session_id)
             session = self._sessions.get(session_id)
             # A message that came meanwhile changes nothing: what is held only grows at the other end.
-            session.earliest_seq = session.seq_durable + 1 if earliest is None else earliest[0]
+            session.earliest_seq = session.seq_durable + 1 if earliest is None else earliest
             session.earliest_trim_pos = trim_pos
         return session.earliest_seq
 
@@ -101,7 +103,9 @@ class Replay:
         jsons: list[bytes] = []
         if first_seq < session.ring_first_seq:
             self.pages_cold += 1
-            found = await self._log.read(session_id, first_seq=first_seq, limit=limit, bytes_max=PAGE_BYTES_MAX)
+            found = await self._cold.read(
+                session_id, first_seq=first_seq, last_seq=session.seq_durable, limit=limit, bytes_max=PAGE_BYTES_MAX
+            )
             session = self._sessions.get(session_id)
             run = _first_run(found.messages)
             first_seq, missing = run[0].seq if run else session.ring_first_seq, found.missing
@@ -157,8 +161,12 @@ class Replay:
         The log cuts a page that is too large at its newer end, which is the end we want: ask for fewer until it fits.
         """
         while True:
-            found = await self._log.read(
-                session_id, first_seq=first_seq, limit=before - first_seq, bytes_max=PAGE_BYTES_MAX
+            found = await self._cold.read(
+                session_id,
+                first_seq=first_seq,
+                last_seq=before - 1,
+                limit=before - first_seq,
+                bytes_max=PAGE_BYTES_MAX,
             )
             cut_short = found.has_more and bool(found.messages) and found.messages[-1].seq + 1 < before
             if not cut_short or first_seq + 1 >= before:

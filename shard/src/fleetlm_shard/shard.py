@@ -18,6 +18,7 @@ from fleetlm_common.errors import FleetError, TryAgain
 from fleetlm_common.ids import ShardName
 from fleetlm_common.ops import Health
 from fleetlm_common.slots import slot_of
+from fleetlm_shard.archive.cold import Cold
 from fleetlm_shard.cursors import SessionWrites
 from fleetlm_shard.keys import KeyWindow
 from fleetlm_shard.log import Log
@@ -134,7 +135,8 @@ class Shard:
         sessions.rows = self.log
         self.subscriptions = Subscriptions()
         self.writes = Writes(self.log, sessions, self.subscriptions, clock=world.clock, measured=world.measured)
-        self.replay = Replay(sessions, self.log)
+        self.cold = Cold(self.log)
+        self.replay = Replay(sessions, self.cold)
         self.ownership = Ownership(
             shard=ShardName(credentials.shard),
             volume_id=credentials.volume_id,
@@ -160,10 +162,14 @@ class Shard:
             writes=self.writes, sessions=sessions, subscriptions=self.subscriptions, clock=world.clock
         )
         self.server = self._make_server(config)
-        self.upkeep = Upkeep(
+        self.upkeep = self._make_upkeep(config)
+
+    def _make_upkeep(self, config: ShardConfig) -> Upkeep:
+        world = self._world
+        return Upkeep(
             log=self.log,
-            sessions=sessions,
-            keys=memory.keys,
+            sessions=self.memory.sessions,
+            keys=self.memory.keys,
             opened=lambda: self.ownership.opened,
             archived_below=lambda: None if self.archiver is None else self.archiver.floor_pos,
             config=config,

@@ -69,9 +69,11 @@ MIGRATIONS: Final = (
         seq bigint NOT NULL,
         reason text NOT NULL,
         record bytea NOT NULL,
+        body bytea,
         quarantined_at timestamptz NOT NULL DEFAULT now(),
         PRIMARY KEY (volume_id, pos)
     );
+    CREATE INDEX ON fleetlm.quarantine (session, seq);
     """,
 )
 """Each brings the database one version further; never changed once it was released."""

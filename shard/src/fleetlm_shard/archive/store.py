@@ -17,11 +17,13 @@ import asyncpg
 from fleetlm_shard.archive.errors import Diverged, Superseded
 from fleetlm_shard.archive.rows import Rows, sender_of
 from fleetlm_shard.archive.schema import WEEK_US, make_partitions, migrate
+from fleetlm_shard.records import CursorMoved, Message, SessionCreated, encode
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
 
-    from fleetlm_shard.records import Message
+Slotted = Message | SessionCreated | CursorMoved
+"""Records that make rows."""
 
 CONNECT_S: Final = 10.0
 """For a connection with its handshake."""
@@ -31,6 +33,8 @@ _SETTINGS: Final = {
     # A worker that is frozen in mid-transaction must not keep others from its sessions' rows.
     "idle_in_transaction_session_timeout": "10s",
     "lock_timeout": "10s",
+    # A question whose asker has gone is not worked on.
+    "client_connection_check_interval": "1s",
     "timezone": "UTC",
 }
 RECORD_FAULTS: Final = (
@@ -145,12 +149,13 @@ class Store:
             self._volume.volume_id, diverged.slot, from_pos, diverged.session, diverged.seq,
         )  # fmt: skip
 
-    async def quarantine(self, *, pos: int, session: bytes, seq: int, reason: str, record: bytes) -> None:
-        """Keep a record that PostgreSQL refuses, with its words."""
+    async def quarantine(self, pos: int, record: Slotted, *, reason: str) -> None:
+        """Keep a record that PostgreSQL refuses, with its words; readers get its message from there."""
         await self._connection.execute(
-            "INSERT INTO fleetlm.quarantine (volume_id, pos, session, seq, reason, record)"
-            " VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
-            self._volume.volume_id, pos, session, seq, reason, record,
+            "INSERT INTO fleetlm.quarantine (volume_id, pos, session, seq, reason, record, body)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
+            self._volume.volume_id, pos, record.session.encode(), getattr(record, "seq", 0), reason, encode(record),
+            record.json if isinstance(record, Message) else None,
         )  # fmt: skip
 
     async def _lock_sessions(self, rows: Rows) -> dict[bytes, int]:

@@ -19,8 +19,8 @@ import msgspec
 
 from fleetlm_shard.archive.errors import ArchiveRefused, Diverged, FeedBroken, Superseded
 from fleetlm_shard.archive.rows import rows_of
-from fleetlm_shard.archive.store import RECORD_FAULTS, Standing, Store, connect
-from fleetlm_shard.records import CursorMoved, Message, SessionCreated, encode
+from fleetlm_shard.archive.store import RECORD_FAULTS, Slotted, Standing, Store, connect
+from fleetlm_shard.records import Message
 
 if TYPE_CHECKING:
     import random
@@ -42,7 +42,6 @@ REASON_CHARS_MAX: Final = 500
 """Of PostgreSQL's words in a quarantine row."""
 
 State = Literal["Connecting", "Archiving", "Away", "Refused", "FeedBroken"]
-_SLOTTED: Final = (Message, SessionCreated, CursorMoved)
 
 
 class Report(msgspec.Struct):
@@ -217,14 +216,7 @@ class Worker:
         if not records:
             raise fault
         pos, record = records[0]
-        assert isinstance(record, _SLOTTED), "other records make no rows"
-        seq = 0 if isinstance(record, SessionCreated) else record.seq
-        await store.quarantine(
-            pos=pos,
-            session=record.session.encode(),
-            seq=seq,
-            reason=f"{type(fault).__name__}: {fault}"[:REASON_CHARS_MAX],
-            record=encode(record),
-        )
+        assert isinstance(record, Slotted), "other records make no rows"
+        await store.quarantine(pos, record, reason=f"{type(fault).__name__}: {fault}"[:REASON_CHARS_MAX])
         self.report.quarantined += 1
         await self._write(store, [], from_pos=from_pos, to_pos=to_pos)
