@@ -302,3 +302,24 @@ async def test_partitions_are_weeks(server: Postgres) -> None:
     for at in times:
         name = partition_name(at // WEEK_US)
         assert await fetch(dsn, f"SELECT count(*) FROM fleetlm.{name}") == [(1,)]
+
+
+async def test_two_archive_one_session_at_once(server: Postgres) -> None:
+    """Both sides of a move, or an elder beside the younger, in batches that overlap: each message once."""
+    dsn = await empty_database(server)
+    source = random.Random(11)
+
+    async def one(name: str) -> None:
+        pos, first = 0, 1
+        async with a_store(dsn, Volume("ring-1", name, name, 1)) as (store, _):
+            while first <= 120:
+                count = source.randint(1, 9)
+                batch = [message(session, n) for n in range(first, first + count) for session in ("s", "t")]
+                await store.write(rows_of(of(*batch), without=()), from_pos=pos, to_pos=pos + 1)
+                pos, first = pos + 1, first + count
+
+    await asyncio.gather(*(one(f"volume-{number}") for number in range(4)))
+    found = await fetch(dsn, "SELECT session, seq, count(*) FROM fleetlm.messages GROUP BY 1, 2 HAVING count(*) > 1")
+    assert found == []
+    query = "SELECT count(*) FROM (SELECT session FROM fleetlm.messages GROUP BY 1 HAVING count(*) >= 120) AS whole"
+    assert await fetch(dsn, query) == [(2,)]
