@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from fleetlm_shard.keys import EVICTED_MARKS_MAX, KEY_AGE_S_MIN, KeyWindow, KnownKey
 from fleetlm_shard.rebuild import LogTime
+from fleetlm_shard.records import Message
 
 HASH = bytes(16)
 IDENT = "0190c1c2-0000-7000-8000-000000000000"
 
 
 def add(window: KeyWindow, key: str, *, at_s: float, pos: int = 0, seq: int = 1) -> None:
-    window.add("s", key, seq=seq, inserted_at_us=int(at_s * 1e6), content_hash=HASH, ident=IDENT, pos=pos, at_s=at_s)
+    window.add(Message(0, "s", seq, int(at_s * 1e6), key, HASH, b""), IDENT, pos, at_s)
 
 
 def evict_all(window: KeyWindow, now_s: float) -> None:

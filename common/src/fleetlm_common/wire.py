@@ -15,8 +15,12 @@ from collections.abc import Callable
 from typing import Final, cast
 
 HEADER: Final = struct.Struct("<IBQ")
+HEADER_BYTES: Final = HEADER.size
 PAYLOAD_BYTES_MAX: Final = 8 * 1024 * 1024
 """A frame larger than this is a broken or hostile peer: appends of 100 messages of 64 KiB stay below it."""
+
+_pack_head: Final = HEADER.pack
+_unpack_head: Final = HEADER.unpack_from
 
 OnFrame = Callable[[int, int, bytes], None]
 OnLost = Callable[[Exception | None], None]
@@ -46,17 +50,18 @@ class FrameDecoder:
         if self._rest:
             data = self._rest + data
         frames: list[tuple[int, int, bytes]] = []
-        at, end, head = 0, len(data), HEADER.size
-        while end - at >= head:
-            size, kind, ident = HEADER.unpack_from(data, at)
+        at, end = 0, len(data)
+        while end - at >= HEADER_BYTES:
+            size, kind, ident = _unpack_head(data, at)
             if size > PAYLOAD_BYTES_MAX:
                 raise ProtocolError(f"frame of {size} bytes, the limit is {PAYLOAD_BYTES_MAX}")
-            stop = at + head + size
+            begin = at + HEADER_BYTES
+            stop = begin + size
             if stop > end:
                 break
-            frames.append((kind, ident, data[at + head : stop]))
+            frames.append((kind, ident, data[begin:stop]))
             at = stop
-        self._rest = data[at:]
+        self._rest = data[at:] if at < end else b""
         return frames
 
 
@@ -122,10 +127,9 @@ class FrameConnection(asyncio.Protocol):
         """
         if self.closed:
             return
-        pending = self._pending
-        pending.append(HEADER.pack(len(payload), kind, ident))
-        pending.append(payload)
-        self._pending_bytes += HEADER.size + len(payload)
+        size = len(payload)
+        self._pending += (_pack_head(size, kind, ident), payload)
+        self._pending_bytes += HEADER_BYTES + size
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)

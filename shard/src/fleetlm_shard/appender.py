@@ -21,6 +21,7 @@ from crc32c import crc32c
 from fleetlm_shard.chain import Link
 from fleetlm_shard.framing import (
     BATCH_FRAME_BYTES,
+    FRAME_START,
     HEADER_BYTES,
     UNCHECKED_BYTES,
     PrevSegment,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 Durable = tuple[int, "Record", object]
 """A record that is on disk: position, record, and what the caller gave with it."""
 
+_pack_start: Final = FRAME_START.pack
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -70,10 +72,11 @@ class AppenderOwner(Protocol):
 class _Batch:
     """Records on their way into one group commit."""
 
-    __slots__ = ("entries", "link", "parts", "pos", "size")
+    __slots__ = ("entries", "link", "parts", "pos", "seed", "size")
 
     def __init__(self, link: Link, pos: int) -> None:
         self.link = link
+        self.seed = link.header.seed
         self.pos = pos
         self.size = BATCH_FRAME_BYTES
         self.parts: list[bytes] = []
@@ -165,11 +168,7 @@ class Appender:
         batch = self._batch_for(size, 1)
         pos = self._end_pos
         # `_put` in line: this runs once a message.
-        batch.parts += (
-            (size - 2 * UNCHECKED_BYTES).to_bytes(4, "little"),
-            crc32c(tail, batch.link.header.seed).to_bytes(4, "little"),
-            tail,
-        )
+        batch.parts += (_pack_start(size - 2 * UNCHECKED_BYTES, crc32c(tail, batch.seed)), tail)
         batch.entries.append((pos, record, context))
         batch.size += size
         self._end_pos = pos + size
@@ -210,7 +209,7 @@ class Appender:
         """What `append` does in line."""
         size = UNCHECKED_BYTES + len(tail)
         pos = self._end_pos
-        batch.parts += (frame_start(tail, batch.link.header.seed), tail)
+        batch.parts += (frame_start(tail, batch.seed), tail)
         batch.entries.append((pos, record, context))
         batch.size += size
         self._end_pos = pos + size

@@ -30,8 +30,9 @@ _CRC: Final = struct.Struct("<I")
 FRAME: Final = struct.Struct("<IIBBHI")
 """body_bytes, crc, type, flags, slot, reserved."""
 FRAME_BYTES: Final = FRAME.size
-_FRAME_START: Final = struct.Struct("<II")
-UNCHECKED_BYTES: Final = _FRAME_START.size
+FRAME_START: Final = struct.Struct("<II")
+"""body_bytes, crc."""
+UNCHECKED_BYTES: Final = FRAME_START.size
 """Of a frame: its length and its checksum; the checksum covers the rest."""
 _BATCH_BODY: Final = struct.Struct("<QQII")
 _BATCH_TAIL: Final = struct.Struct("<BBHIQQII")
@@ -138,7 +139,7 @@ def decode_header(block: bytes) -> tuple[SegmentHeader | None, int]:
 
 def frame_start(tail: bytes, seed: int) -> bytes:
     """The first 8 bytes of a frame whose rest is `tail` (see `records.encode`)."""
-    return _FRAME_START.pack(len(tail) - UNCHECKED_BYTES, crc32c(tail, seed))
+    return FRAME_START.pack(len(tail) - UNCHECKED_BYTES, crc32c(tail, seed))
 
 
 def batch_frame(*, pos: int, synced_pos: int, frames: int, frames_bytes: int, seed: int) -> bytes:

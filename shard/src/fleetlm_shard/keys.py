@@ -16,11 +16,14 @@ from __future__ import annotations
 import struct
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from fleetlm_common.limits import KEY_WINDOW_MARGIN_S, REQUEST_DEADLINE_S
+
+if TYPE_CHECKING:
+    from fleetlm_shard.records import Message
 
 KEY_AGE_S_MIN: Final = REQUEST_DEADLINE_S + KEY_WINDOW_MARGIN_S
 """A retry may arrive until then; a younger key is never evicted."""
@@ -30,6 +33,7 @@ EVICTED_MARKS_MAX: Final = 4
 """Per call, so that an eviction never holds up the loop for more than a few milliseconds."""
 
 _PACKED: Final = struct.Struct("<QQ16s36s")
+_pack: Final = _PACKED.pack
 
 
 class KnownKey(msgspec.Struct, frozen=True, gc=False):
@@ -84,6 +88,10 @@ class KeyWindow:
         """How many more keys may enter."""
         return self._hard_max - len(self._known)
 
+    def knows(self, session: str, key: str) -> bool:
+        """Whether the key stands for a message."""
+        return (session, key) in self._known
+
     def get(self, session: str, key: str) -> KnownKey | None:
         """What the key stands for, if it is known."""
         packed = self._known.get((session, key))
@@ -92,22 +100,14 @@ class KeyWindow:
         seq, inserted_at_us, content_hash, ident = _PACKED.unpack(packed)
         return KnownKey(seq, inserted_at_us, content_hash, str(ident, "ascii"))
 
-    def add(
-        self,
-        session: str,
-        key: str,
-        *,
-        seq: int,
-        inserted_at_us: int,
-        content_hash: bytes,
-        ident: str,
-        pos: int,
-        at_s: float,
-    ) -> None:
-        """A message with this key was queued at monotonic time `at_s`; the log gave it position `pos`."""
-        name = (session, key)
+    def add(self, message: Message, ident: str, pos: int, at_s: float) -> None:
+        """A message whose id is `ident` was queued at monotonic time `at_s`; the log gave it position `pos`."""
+        packed = _pack(message.seq, message.inserted_at_us, message.content_hash, ident.encode())
+        self._enter((message.session, message.key), packed, pos, at_s)
+
+    def _enter(self, name: tuple[str, str], packed: bytes, pos: int, at_s: float) -> None:
         assert name not in self._known
-        self._known[name] = _PACKED.pack(seq, inserted_at_us, content_hash, ident.encode())
+        self._known[name] = packed
         self._order.append(name)
         marks = self._marks
         if marks and at_s - marks[-1].at_s < MARK_S:
@@ -124,16 +124,8 @@ class KeyWindow:
         name = (session, key)
         if self._known.pop(name, None) is not None:
             self._shadowed[name] = self._shadowed.get(name, 0) + 1
-        self.add(
-            session,
-            key,
-            seq=known.seq,
-            inserted_at_us=known.inserted_at_us,
-            content_hash=known.content_hash,
-            ident=known.id,
-            pos=pos,
-            at_s=at_s,
-        )
+        packed = _pack(known.seq, known.inserted_at_us, known.content_hash, known.id.encode())
+        self._enter(name, packed, pos, at_s)
 
     def restored(self, *, log_s: float, now_s: float) -> None:
         """All of the log was read: its time `log_s` is the monotonic time `now_s`."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from datetime import UTC, datetime
 from enum import IntEnum
-from hashlib import blake2b
 from typing import Final
 
 import msgspec
+from xxhash import xxh3_128_digest
 
 HASH_BYTES: Final = 16
 """Of a content hash: two different contents under one key collide once in 2^64 tries."""
@@ -21,6 +21,7 @@ ID_CHARS: Final = 36
 _ID_START: Final = len(b'{"id":"')
 _TAIL_HEAD: Final = struct.Struct("<BBHI")
 _MESSAGE_HEAD: Final = struct.Struct("<BBHIQQ16sBB")
+_pack_message_head: Final = _MESSAGE_HEAD.pack
 _MESSAGE_BODY: Final = struct.Struct("<QQ16sBB")
 MESSAGE_BODY_HEAD_BYTES: Final = _MESSAGE_BODY.size
 _SEQ_AND_SESSION: Final = struct.Struct("<Q24xBB")
@@ -115,6 +116,8 @@ Record = Message | SessionCreated | CursorMoved | SlotsOpened | Trimmed | Damage
 Replayed = Record | LostMessage
 """What recovery hands out."""
 
+_MESSAGE: Final = int(RecordType.MESSAGE)
+"""Asking an enum for a member takes 0.2 µs in Python 3.11, a fifth of `encode`."""
 _pack = msgspec.msgpack.Encoder().encode
 _SLOTTED: Final[dict[type, RecordType]] = {
     SessionCreated: RecordType.SESSION,
@@ -135,8 +138,8 @@ def encode(record: Record) -> bytes:
         key = record.key.encode()
         # One pack for frame head and body head, one concatenation: this line runs once per message.
         return (
-            _MESSAGE_HEAD.pack(
-                RecordType.MESSAGE, 0, record.slot, 0, record.seq, record.inserted_at_us, record.content_hash,
+            _pack_message_head(
+                _MESSAGE, 0, record.slot, 0, record.seq, record.inserted_at_us, record.content_hash,
                 len(session), len(key),
             )
             + session + key + record.json
@@ -151,7 +154,7 @@ def decode(kind: int, slot: int, body: bytes | memoryview) -> Record:
     Raises:
         UnknownRecord: a type that this version does not know.
     """
-    if kind == RecordType.MESSAGE:
+    if kind == _MESSAGE:
         seq, at_us, content_hash, session_bytes, key_bytes = _MESSAGE_BODY.unpack_from(body)
         key_at = MESSAGE_BODY_HEAD_BYTES + session_bytes
         json_at = key_at + key_bytes
@@ -183,11 +186,15 @@ def message_inserted_at_us(body: bytes | memoryview) -> int:
 
 
 def content_hash(fragment: bytes) -> bytes:
-    """What must be equal for a dedupe: content, kind, metadata and sender, as the gateway encoded them."""
-    return blake2b(fragment, digest_size=HASH_BYTES).digest()
+    """What must be equal for a dedupe: content, kind, metadata and sender, as the gateway encoded them.
+
+    Versions of this system may hash differently: equal hashes mean equal contents, different ones are looked into
+    (`Sequencer._compare`). Whoever searches for a collision dedupes two messages of their own.
+    """
+    return xxh3_128_digest(fragment)
 
 
-def message_json(*, id_text: str, session_json: bytes, seq: int, inserted_at: bytes, fragment: bytes) -> bytes:
+def message_json(id_text: str, session_json: bytes, seq: int, inserted_at: bytes, fragment: bytes) -> bytes:
     """The message as clients will see it.
 
     Args:

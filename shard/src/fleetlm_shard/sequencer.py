@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+import msgspec
+
 from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid, TooLarge, TryAgain
 from fleetlm_common.ids import uuid7_from, uuid7_prefix
 from fleetlm_common.limits import BATCH_MESSAGES_MAX, CONTENT_BYTES_MAX, ID_BYTES_MAX, METADATA_BYTES_MAX
@@ -42,16 +44,16 @@ ENTRIES_MAX: Final = 1000
 """Appends of one APPEND: more than a gateway gathers during one sync."""
 FRAGMENT_BYTES_MAX: Final = CONTENT_BYTES_MAX + METADATA_BYTES_MAX + 2048
 """Content, metadata, and the sender's id and kind with their names (ids may be escaped to six times their bytes)."""
-STAMP_US: Final = 200
-"""`inserted_at` is so exact: a busy shard makes its text once for some ten messages."""
+STAMP_S: Final = 0.0002
+"""`inserted_at` and the ages of keys are so exact: a busy shard asks its clock and makes the text for ten messages."""
 _FRAGMENT_START: Final = b'"sender_id":'
 
 
 class Answer(Protocol):
     """Where one APPEND's results go; called once."""
 
-    def __call__(self, results: list[EntryResult], /) -> None:
-        """Send them."""
+    def __call__(self, ident: int, results: list[EntryResult], /) -> None:
+        """Send them; `ident` is what was given with the request."""
         ...
 
 
@@ -65,21 +67,20 @@ class _Unclear(Exception):
         self.fresh_hash = fresh_hash
 
 
-class _Call:
-    """One APPEND on its way; `Waiting` for its records."""
+class _Call(msgspec.Struct):
+    """One APPEND on its way; `Waiting` for its records. A msgspec struct: made in a third of the time of an object."""
 
-    __slots__ = ("answer", "conflicts", "request", "rests_on_log", "results", "verdicts")
-
-    def __init__(self, request: Append, answer: Answer) -> None:
-        self.request = request
-        self.answer = answer
-        self.results: list[EntryResult] = []
-        self.conflicts: list[tuple[int, Session]] = []
-        """Entries refused because of `expected_seq`, filled in when the call is answered."""
-        self.rests_on_log = False
-        """Something in the results is true only if the log is ours and holds what was queued."""
-        self.verdicts: dict[tuple[str, bytes], bool] = {}
-        """(key, hash) whose stored message was compared: says the same, or not."""
+    request: Append
+    ident: int
+    answer: Answer
+    since_s: float
+    results: list[EntryResult] = []
+    conflicts: list[tuple[int, Session]] = []
+    """Entries refused because of `expected_seq`, filled in when the call is answered."""
+    rests_on_log: bool = False
+    """Something in the results is true only if the log is ours and holds what was queued."""
+    verdicts: dict[tuple[str, bytes], bool] = {}
+    """(key, hash) whose stored message was compared: says the same, or not."""
 
     def refuse_rest(self, error: TryAgain) -> None:
         """The next entry cannot be worked on now, so none after it may be either."""
@@ -99,11 +100,11 @@ class _Call:
             last_seq = session.seq_durable
             words = f"expected_seq is not the session's last_seq, which is {last_seq}"
             self.results[index] = EntryResult([], Conflict(words, last_seq=last_seq).body())
-        self.answer(self.results)
+        self.answer(self.ident, self.results)
 
     def stopped(self) -> None:
         """Nobody knows what is on disk."""
-        self.answer([EntryResult([], STOPPED.body())] * len(self.request.entries))
+        self.answer(self.ident, [EntryResult([], STOPPED.body())] * len(self.request.entries))
 
 
 STOPPED: Final = TryAgain("the shard's log has stopped", reason="unavailable", retry_after_ms=1000)
@@ -111,12 +112,13 @@ STOPPED: Final = TryAgain("the shard's log has stopped", reason="unavailable", r
 
 
 class _Stamp:
-    """A moment in all the forms that messages need; shared by what is appended within `STAMP_US` of it."""
+    """A moment in all the forms that messages need; shared by what is appended within `STAMP_S` of it."""
 
-    __slots__ = ("ack", "at_us", "id_prefix", "text")
+    __slots__ = ("ack", "at_s", "at_us", "id_prefix", "text")
 
-    def __init__(self, at_us: int, text: bytes) -> None:
+    def __init__(self, at_us: int, at_s: float, text: bytes) -> None:
         self.at_us = at_us
+        self.at_s = at_s
         self.text = text
         self.ack = str(text, "ascii")
         self.id_prefix = uuid7_prefix(at_us // 1000)
@@ -160,28 +162,29 @@ class Sequencer:
         self._admits = admits
         self._run = spawn
         self._inserted_at = InsertedAt()
-        self._stamp = _Stamp(0, self._inserted_at.text(0))
+        self._stamp = _Stamp(0, float("-inf"), self._inserted_at.text(0))
         self.appended = 0
         self.deduped = 0
         self.conflicts = 0
         self.idempotency_conflicts = 0
 
-    def append(self, session: Session, request: Append, answer: Answer) -> None:
-        """Take one APPEND for `session`, which this shard may write; `answer` is called once.
+    def append(self, session: Session, request: Append, ident: int, answer: Answer) -> None:
+        """Take one APPEND for `session`, which this shard may write; `answer` is called once, with `ident`.
 
         Raises:
             FleetError: the request as a whole is refused; `answer` is not called.
         """
         if not 1 <= len(request.entries) <= ENTRIES_MAX:
             raise Invalid(f"entries must be 1 to {ENTRIES_MAX}", field="entries", limit=ENTRIES_MAX)
-        self._advance(_Call(request, answer), session)
+        stamp = self._now()
+        self._advance(_Call(request, ident, answer, stamp.at_s), session, stamp)
 
-    def _advance(self, call: _Call, session: Session) -> None:
+    def _advance(self, call: _Call, session: Session, stamp: _Stamp) -> None:
         """Work through the entries that have no result yet."""
         entries, results = call.request.entries, call.results
-        for entry in entries[len(results) :]:
+        for entry in entries[len(results) :] if results else entries:
             try:
-                results.append(self._entry(call, session, entry))
+                results.append(self._entry(call, session, entry, stamp))
             except _Unclear as question:
                 self._run(self._compare(call, question))
                 return
@@ -199,9 +202,9 @@ class Sequencer:
         elif self._writes.settled:
             self._spawn(call, self._look())
         else:
-            self._writes.wait(call)
+            self._writes.wait(call, call.since_s)
 
-    def _entry(self, call: _Call, session: Session, entry: Entry) -> EntryResult:
+    def _entry(self, call: _Call, session: Session, entry: Entry, stamp: _Stamp) -> EntryResult:
         """Append one entry.
 
         Raises:
@@ -209,6 +212,12 @@ class Sequencer:
             FleetError: the entry is refused; nothing was done.
         """
         drafts = fresh = entry.drafts
+        if len(drafts) == 1 and entry.expected_seq is None:
+            (draft,) = drafts
+            _check_draft(draft)
+            if not self._keys.knows(session.id, draft.key):
+                call.rests_on_log = True
+                return EntryResult([self._append_one(session, draft, stamp)])
         hits = self._hits(call, session.id, drafts)
         if hits is not None:
             fresh = [draft for draft, hit in zip(drafts, hits, strict=True) if hit is None]
@@ -216,7 +225,7 @@ class Sequencer:
             self.conflicts += 1
             call.conflict(session)
             return _UNFILLED
-        acks = self._append(session, fresh) if fresh else []
+        acks = self._append(session, fresh, stamp) if fresh else []
         call.rests_on_log = True
         if hits is None:
             return EntryResult(acks)
@@ -257,52 +266,51 @@ class Sequencer:
                 f"the key was used for other content (seq {hit.seq}); choose a new one", field="idempotency_key"
             )
 
-    def _append(self, session: Session, drafts: list[Draft]) -> list[Ack]:
-        """Assign seqs and queue the records, all or none."""
-        if len(drafts) > self._keys.room():
-            raise TryAgain(
-                "the idempotency window is full of keys that may still be retried",
-                reason="overloaded",
-                retry_after_ms=1000,
-            )
-        stamp = self._now()
-        at_us, seq = stamp.at_us, session.seq_assigned
-        messages: list[Message] = []
-        acks: list[Ack] = []
-        for draft in drafts:
-            seq += 1
-            ident = uuid7_from(stamp.id_prefix, self._entropy)
-            fragment = draft.fragment
-            json = message_json(
-                id_text=ident, session_json=session.id_json, seq=seq, inserted_at=stamp.text, fragment=fragment
-            )
-            messages.append(Message(session.slot, session.id, seq, at_us, draft.key, content_hash(fragment), json))
-            acks.append(Ack(seq, ident, stamp.ack, False))
+    def _append_one(self, session: Session, draft: Draft, stamp: _Stamp) -> Ack:
+        """What `_append` does for one draft, without its loops: most appends are of one message."""
+        if not self._keys.room():
+            raise _full_window()
+        seq = session.seq_assigned + 1
+        message, ack = self._formed(session, draft, seq, stamp)
         try:
-            pos = self._writes.messages(session, messages)
+            pos = self._writes.message(session, message)
         except LogError as error:
             raise refusal(error) from error
         session.seq_assigned = seq
-        at_s = self._clock.monotonic_s()
-        for message, ack in zip(messages, acks, strict=True):
-            self._keys.add(
-                session.id,
-                message.key,
-                seq=message.seq,
-                inserted_at_us=at_us,
-                content_hash=message.content_hash,
-                ident=ack.id,
-                pos=pos,
-                at_s=at_s,
-            )
-        self.appended += len(messages)
-        return acks
+        self._keys.add(message, ack.id, pos, stamp.at_s)
+        self.appended += 1
+        return ack
+
+    def _append(self, session: Session, drafts: list[Draft], stamp: _Stamp) -> list[Ack]:
+        """Assign seqs and queue the records, all or none."""
+        if len(drafts) > self._keys.room():
+            raise _full_window()
+        first_seq = session.seq_assigned + 1
+        formed = [self._formed(session, draft, seq, stamp) for seq, draft in enumerate(drafts, first_seq)]
+        try:
+            pos = self._writes.messages(session, [message for message, _ in formed])
+        except LogError as error:
+            raise refusal(error) from error
+        session.seq_assigned += len(formed)
+        for message, ack in formed:
+            self._keys.add(message, ack.id, pos, stamp.at_s)
+        self.appended += len(formed)
+        return [ack for _, ack in formed]
+
+    def _formed(self, session: Session, draft: Draft, seq: int, stamp: _Stamp) -> tuple[Message, Ack]:
+        """The record and what is answered about it."""
+        ident = uuid7_from(stamp.id_prefix, self._entropy)
+        fragment = draft.fragment
+        json = message_json(ident, session.id_json, seq, stamp.text, fragment)
+        message = Message(session.slot, session.id, seq, stamp.at_us, draft.key, content_hash(fragment), json)
+        return message, Ack(seq, ident, stamp.ack, False)
 
     def _now(self) -> _Stamp:
-        at_us = self._clock.now_us()
+        at_s = self._clock.monotonic_s()
         stamp = self._stamp
-        if not 0 <= at_us - stamp.at_us < STAMP_US:
-            stamp = self._stamp = _Stamp(at_us, self._inserted_at.text(at_us))
+        if at_s - stamp.at_s >= STAMP_S:
+            at_us = self._clock.now_us()
+            stamp = self._stamp = _Stamp(at_us, at_s, self._inserted_at.text(at_us))
         return stamp
 
     def _first_answer(self, hit: KnownKey) -> Ack:
@@ -340,7 +348,7 @@ class Sequencer:
             # A message that is gone cannot be shown to say the same.
             same = stored is not None and same_fragment(stored, draft.fragment)
             call.verdicts[draft.key, question.fresh_hash] = same
-            self._advance(call, session)
+            self._advance(call, session, self._now())
 
 
 _UNFILLED: Final = EntryResult([])
@@ -355,6 +363,12 @@ def refusal(error: LogError) -> FleetError:
     if isinstance(error, GroupTooLarge):
         return TooLarge("the messages of one append are too large together", field="messages", limit=BATCH_BYTES_MAX)
     return STOPPED
+
+
+def _full_window() -> TryAgain:
+    return TryAgain(
+        "the idempotency window is full of keys that may still be retried", reason="overloaded", retry_after_ms=1000
+    )
 
 
 def _check_batch(drafts: list[Draft]) -> None:

@@ -16,7 +16,6 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -204,6 +203,8 @@ class Connection:
         self.subscriptions: dict[int, Subscription] = {}
         self.subscribing: set[int] = set()
         """Ids of SUBSCRIBE requests that are being worked on; an UNSUBSCRIBE takes the id out."""
+        self._on_appended = self._appended
+        """Bound once, not for each append."""
         self.wire = FrameConnection(on_frame=self.on_frame, on_lost=self._on_lost, on_made=self._on_made)
 
     @property
@@ -246,7 +247,7 @@ class Connection:
         self.heard = True
         if not self.greeted:
             self._greet(kind, ident, payload)
-        elif kind == Kind.APPEND:
+        elif kind == _APPEND:
             self._append(ident, payload)
         elif kind == Kind.PING:
             self.wire.send(Kind.PONG, ident, b"")
@@ -311,7 +312,7 @@ class Connection:
             if session is None or session.slot not in server.ownership.serves:
                 server.spawn(self._append_cold(ident, request))
             else:
-                server.sequencer.append(session, request, partial(self._appended, ident))
+                server.sequencer.append(session, request, ident, self._on_appended)
         except FleetError as error:
             self._answer_error(ident, error)
         except UNREADABLE as error:
@@ -325,13 +326,13 @@ class Connection:
             slot = server.slot_of(SessionId(checked_id(request.session, "session_id")))
             await server.ownership.settle(slot, epoch=request.epoch)
             session = server.sessions.get(request.session)
-            server.sequencer.append(session, request, partial(self._appended, ident))
+            server.sequencer.append(session, request, ident, self._on_appended)
 
         await self._guard(ident, append())
 
     def _appended(self, ident: int, results: list[rpc.EntryResult]) -> None:
         self.in_flight -= 1
-        self.wire.send(Kind.APPENDED, ident, rpc.encode(rpc.Appended(results)))
+        self.wire.send(_APPENDED, ident, _encode(_Appended(results)))
 
     def _request(self, handler: Handler[Any], ident: int, payload: bytes) -> None:
         if not self._admit(ident):
@@ -411,6 +412,11 @@ class Connection:
 GATEWAY_CHARS_MAX: Final = 128
 """Of a gateway's name in events."""
 
+_APPEND: Final = int(Kind.APPEND)
+_APPENDED: Final = int(Kind.APPENDED)
+"""Asking an enum for a member takes 0.2 µs in Python 3.11; these two are asked for once an append."""
+_Appended = rpc.Appended
+_encode = rpc.encode
 _decode_append = msgspec.msgpack.Decoder(rpc.Append).decode
 _decode_hello = msgspec.msgpack.Decoder(rpc.Hello).decode
 _decode_subscribe = msgspec.msgpack.Decoder(rpc.Subscribe).decode

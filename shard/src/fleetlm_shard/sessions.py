@@ -222,8 +222,8 @@ class Sessions:
         """Every session in memory, for rare walks (a change of owner)."""
         return list(self._hot.values())
 
-    def message_durable(self, session: Session, *, seq: int, pos: int, at_us: int, json: bytes) -> None:
-        """A message is on disk and the term was looked at: it becomes visible."""
+    def message_durable(self, session: Session, seq: int, pos: int, at_us: int, json: bytes) -> None:
+        """A message is on disk and the term was looked at: it becomes visible. By position: once for each message."""
         assert seq == session.seq_durable + 1
         session.seq_durable = session.last_seq_logged = seq
         session.last_pos = pos
@@ -240,7 +240,11 @@ class Sessions:
             gone = len(ring.popleft()) + MESSAGE_OVERHEAD_BYTES
             session.ring_bytes -= gone
             self.bytes -= gone
-        self.changed(session, pos)
+        # `changed` in line.
+        session.changed_pos = pos
+        if not session.changed:
+            session.changed = True
+            self._changed[session.id] = session
 
     def created_durable(self, session: Session, *, pos: int, at_us: int, metadata: bytes) -> None:
         """The record of an explicit creation is on disk."""

@@ -83,6 +83,7 @@ class Writes:
 
     def __init__(self, log: Log, sessions: Sessions, publisher: Publisher, *, clock: Clock, measured: Measured) -> None:
         self._log = log
+        self._append = log.append
         self._sessions = sessions
         self._publisher = publisher
         self._clock = clock
@@ -103,17 +104,24 @@ class Writes:
         """Answers that wait for the disk."""
         return len(self._waiting)
 
+    def message(self, session: Session, message: Message) -> int:
+        """Queue a message; returns its position.
+
+        Raises:
+            LogError: it was not queued.
+        """
+        self.queued_pos = pos = self._append(message, session)
+        session.pending += 1
+        return pos
+
     def messages(self, session: Session, messages: Sequence[Message]) -> int:
         """Queue messages that are durable together or not at all; returns the first's position.
 
         Raises:
             LogError: nothing was queued.
         """
-        if len(messages) == 1:
-            first_pos = last_pos = self._log.append(messages[0], session)
-        else:
-            positions = self._log.append_group(messages, [session] * len(messages))
-            first_pos, last_pos = positions[0], positions[-1]
+        positions = self._log.append_group(messages, [session] * len(messages))
+        first_pos, last_pos = positions[0], positions[-1]
         self.queued_pos = last_pos
         session.pending += len(messages)
         return first_pos
@@ -135,10 +143,13 @@ class Writes:
             session.pending += 1
         return self.queued_pos
 
-    def wait(self, who: Waiting) -> None:
-        """Tell `who` when all that is queued now is visible. Something must be on its way (see `settled`)."""
-        assert not self.settled
-        self._waiting.append((self.queued_pos, self._clock.monotonic_s(), who))
+    def wait(self, who: Waiting, since_s: float) -> None:
+        """Tell `who`, who waits since then, when all that is queued now is visible.
+
+        Something must be on its way (see `settled`).
+        """
+        assert self.durable_pos < self.queued_pos
+        self._waiting.append((self.queued_pos, since_s, who))
 
     async def all_settled(self) -> None:
         """Return when all that is queued now is visible. Cancel-safe.
@@ -149,21 +160,20 @@ class Writes:
         if self.settled:
             return
         who = _Future(asyncio.get_running_loop().create_future())
-        self.wait(who)
+        self.wait(who, self._clock.monotonic_s())
         await who.future
 
     def on_durable(self, records: Sequence[Durable]) -> None:
         """The log's call: these records, in the order of the log, are synced and the term was looked at."""
         listened: dict[Session, list[bytes]] = {}
         sessions = self._sessions
+        message_durable = sessions.message_durable
         pos = self.durable_pos
         for pos, record, context in records:
             if type(record) is Message:
                 assert type(context) is Session
                 context.pending -= 1
-                sessions.message_durable(
-                    context, seq=record.seq, pos=pos, at_us=record.inserted_at_us, json=record.json
-                )
+                message_durable(context, record.seq, pos, record.inserted_at_us, record.json)
                 if context.subscribers:
                     listened.setdefault(context, []).append(record.json)
             else:
