@@ -21,8 +21,8 @@ from typing import TypeVar
 import msgspec
 
 from fleetlm_common import rpc
-from fleetlm_common.control import RingSpec
-from fleetlm_common.ids import Epoch, ShardName
+from fleetlm_common.control import RingSpec, ShardEndpoint
+from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.logs import NullLogger
 from fleetlm_common.ring import Member, RingMap, ranges_from
 from fleetlm_shard.boot import Boot, Booted, BootInputs
@@ -131,7 +131,14 @@ class Rig:
         """A good HELLO."""
         volume = self.booted.volume
         epoch = self.shard.ownership.epoch
-        return rpc.Hello(rpc.PROTOCOL, volume.ring_uid, NAME, volume.volume_id, "rig", SECRET, epoch)
+        return rpc.Hello(rpc.PROTOCOL, volume.ring_uid, volume.shard, volume.volume_id, "rig", SECRET, epoch)
+
+    def endpoint(self) -> ShardEndpoint:
+        """What it announces (but for its readiness and its moves)."""
+        volume = self.booted.volume
+        return ShardEndpoint(
+            ShardName(volume.shard), volume.volume_id, Term(volume.term), "127.0.0.1", self.port, "", ready=True
+        )
 
     async def client(self) -> RpcClient:
         """A connection that has said HELLO."""
@@ -156,10 +163,11 @@ async def shard_rig(
     clock: RigClock | None = None,
     control: MemoryControlPlane | None = None,
     process: str = "shard",
+    name: ShardName = NAME,
     **changes: object,
 ) -> AsyncGenerator[Rig]:
     """A shard that owns all slots; ends without any last word, like a killed one (its volume can be booted again)."""
-    config = msgspec.structs.replace(config, **changes)
+    config = msgspec.structs.replace(config, name=name, **changes)
     volume = SimVolume() if volume is None else volume
     clock = clock or RigClock()
     control = control or MemoryControlPlane(RingSpec(uid="ring-1", slots=SLOTS, shards=1))
@@ -177,7 +185,7 @@ async def shard_rig(
         entropy=random.Random(7),
         sleep=asyncio.sleep,
         events=NullLogger(),
-        new_volume_id="volume-1",
+        new_volume_id="volume-1" if name == NAME else f"volume-of-{name}",
         boot_id=f"boot-{process}",
         keep=keep,
     )
@@ -189,6 +197,7 @@ async def shard_rig(
     if control.view.map is None:
         await rig.own([NAME] * SLOTS)
     assert control.view.map is not None
+    await control.announce(rig.endpoint())
     await shard.ownership.adopt(control.view.map)
     keep(shard.ownership.watch())
     try:
@@ -200,6 +209,7 @@ async def shard_rig(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        shard.moves.cancel()
         with contextlib.suppress(Exception):
             await shard.log.close()
         volume.kill(process)
@@ -228,7 +238,9 @@ def _make(booted: Booted, inputs: BootInputs, control: MemoryControlPlane, clock
 
     shard = Shard(
         config=inputs.config,
-        credentials=Credentials(booted.volume.ring_uid, NAME, booted.volume.volume_id, booted.volume.term, SECRET),
+        credentials=Credentials(
+            booted.volume.ring_uid, inputs.config.name, booted.volume.volume_id, booted.volume.term, SECRET
+        ),
         slots=SLOTS,
         start=booted.start,
         memory=booted.memory,

@@ -120,11 +120,11 @@ async def test_what_was_not_acknowledged_is_whole_or_not_there(volume: SimVolume
 async def test_slots_are_opened_once(volume: SimVolume, control: MemoryControlPlane) -> None:
     """The record that a slot was opened is written before it is served, and not again by the next boot."""
     async with shard_rig(volume, control=control, process="one") as rig:
-        assert rig.shard.ownership.opened == dict.fromkeys(range(SLOTS), 1)
+        assert rig.shard.holdings.opened == dict.fromkeys(range(SLOTS), 1)
         opened = rig.shard.log.stats.appended_records
         assert opened == 1
     async with shard_rig(volume, control=control, process="two") as rig:
-        assert rig.shard.ownership.opened == dict.fromkeys(range(SLOTS), 1)
+        assert rig.shard.holdings.opened == dict.fromkeys(range(SLOTS), 1)
         assert rig.shard.log.stats.appended_records == 0
         assert len(rig.shard.ownership.serves) == SLOTS
 

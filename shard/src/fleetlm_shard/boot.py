@@ -99,6 +99,13 @@ class Boot:
             slots = ring.slots
         self._say("ReadingLog", "the log's end is being read")
         memory, rebuilt, start = await asyncio.to_thread(self._read_log, volume, slots, ring)
+        # An elder may have sealed or confirmed between our two looks: its log then tells of a newer map than we read.
+        while ring is None or ring.epoch < rebuilt.holdings.epoch:
+            if not rebuilt.holdings.epoch:
+                break
+            self._say("StaleMap", f"the log acted upon ring map epoch {rebuilt.holdings.epoch}, this one is older")
+            await inputs.sleep(RETRY_S)
+            ring = await self._map(volume)
         return Booted(volume, slots, ring, memory, rebuilt, start)
 
     def _say(self, reason: str, message: str) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from fleetlm_shard import framing
 from fleetlm_shard.framing import HEADER_BYTES, SegmentHeader, UnknownFormat
 from fleetlm_shard.log_types import LogUnreadable
-from fleetlm_shard.records import RecordType, message_inserted_at_us, message_place
+from fleetlm_shard.records import MESSAGES, message_inserted_at_us, message_place
 from fleetlm_shard.segment_index import IndexMeta, MemoryIndex
 from fleetlm_shard.segments import Listing, SegmentId, index_path, segment_path
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
@@ -240,7 +240,7 @@ def index_of(data: bytes, link: Link) -> MemoryIndex:
 def add_frames(index: MemoryIndex, data: bytes, frames: Sequence[framing.Frame]) -> None:
     """Take the messages among checked frames into an index."""
     for pos, kind, _slot, start, stop in frames:
-        if kind == RecordType.MESSAGE:
+        if kind in MESSAGES:
             body = data[start:stop]
             session, seq, _ = message_place(body)
             index.add(session.decode(), seq, pos)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fleetlm_shard.log_types import CheckpointMeta, CheckpointRow, Damage
+from fleetlm_shard.log_types import CheckpointMeta, CheckpointRow, Damage, MoveFacts
 from fleetlm_shard.records import Trimmed
 from fleetlm_shard.segments import CheckpointId, TempNames, checkpoint_path, discard, publish
 from fleetlm_shard.table import KIND_CHECKPOINT, Table, TableBuilder, TableDamaged, merge
@@ -39,6 +39,9 @@ class StoredMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     opened: dict[int, int]
     damage: list[tuple[int, int, int]]
     trim: Trimmed | None
+    released: dict[int, int] = {}
+    """Slot → position of its newest RELEASED."""
+    facts: MoveFacts = MoveFacts()
 
     @property
     def replay_from_pos(self) -> int:
@@ -56,22 +59,47 @@ class Checkpoint:
     def __init__(self, own_id: CheckpointId, table: Table) -> None:
         self.id = own_id
         self.table = table
+        self.released: Mapping[int, int] = {}
+        """Slot → position of its newest RELEASED, as whoever uses this knows it now."""
         self.stored = msgspec.json.decode(table.meta, type=StoredMeta)
+        self.rows_pos = self.stored.pos
+        """Every record below it is in the rows: `pos` after a boot, which reads on from there."""
 
     @property
     def meta(self) -> CheckpointMeta:
         """What the upper half wants to know."""
-        return CheckpointMeta(pos=self.stored.pos, keys_from_pos=self.stored.keys_from_pos, opened=self.stored.opened)
+        stored = self.stored
+        return CheckpointMeta(
+            pos=stored.pos, keys_from_pos=stored.keys_from_pos, opened=stored.opened, facts=stored.facts
+        )
 
     def row(self, session: str) -> CheckpointRow | None:
-        """The row of a session (reads one block)."""
+        """The row of a session (reads one block); None if its slot was released since."""
         value = self.table.get(session.encode())
-        return None if value is None else _decode_row(value)
+        if value is None:
+            return None
+        row = _decode_row(value)
+        return None if self.released and self._is_gone(row) else row
 
     def rows(self, after: str) -> Iterator[tuple[str, CheckpointRow]]:
         """Rows after a session id, in the order of UTF-8 bytes."""
         for key, value in self.table.items(after.encode()):
-            yield key.decode(), _decode_row(value)
+            row = _decode_row(value)
+            if not (self.released and self._is_gone(row)):
+                yield key.decode(), row
+
+    def names(self, after: str) -> Iterator[str]:
+        """Ids of the rows after a session id, also of those whose slots were released: cheap."""
+        for key, _ in self.table.items(after.encode()):
+            yield key.decode()
+
+    def _is_gone(self, row: CheckpointRow) -> bool:
+        return self.released.get(row.slot, -1) >= self.rows_pos
+
+    def gone(self) -> Callable[[bytes], bool] | None:
+        """Tells which of the table's values are of slots released since; None if none was."""
+        slots = {slot for slot, pos in self.released.items() if pos >= self.rows_pos}
+        return (lambda value: _decode_row(value).slot in slots) if slots else None
 
 
 def load_checkpoint(disk: Disk, own_id: CheckpointId) -> Checkpoint:
@@ -114,9 +142,12 @@ def write_checkpoint(
     old: Checkpoint | None,
     changed: Mapping[str, CheckpointRow],
     stored: StoredMeta,
+    gone: Callable[[bytes], bool] | None,
     pause: Callable[[], None],
 ) -> Checkpoint:
     """Write the old rows with the changed ones put over them; durable when it returns.
+
+    `gone` tells which old rows are left out.
 
     Runs in a background thread, in slices with pauses; `changed` must not be changed meanwhile.
     """
@@ -129,7 +160,7 @@ def write_checkpoint(
     file = disk.create(temp)
     try:
         builder = TableBuilder(file, KIND_CHECKPOINT)
-        for _ in merge(builder, old.table if old else None, heapq.merge(*runs)):
+        for _ in merge(builder, old.table if old else None, heapq.merge(*runs), gone):
             pause()
         builder.finish(msgspec.json.encode(stored))
         file.sync()

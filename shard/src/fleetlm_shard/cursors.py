@@ -21,7 +21,10 @@ from fleetlm_shard.samejson import same_value
 from fleetlm_shard.sequencer import refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fleetlm_common.clock import Clock
+    from fleetlm_common.ids import Slot
     from fleetlm_shard.sessions import Session, Sessions
     from fleetlm_shard.subscriptions import Subscriptions
     from fleetlm_shard.writes import OnDurable, Writes
@@ -38,13 +41,23 @@ class SessionWrites:
         sessions: hot state.
         subscriptions: told of cursors that moved.
         clock: for the time of creation.
+        admits: raises TryAgain if this shard may not write the slot now (asked after each wait).
     """
 
-    def __init__(self, *, writes: Writes, sessions: Sessions, subscriptions: Subscriptions, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        writes: Writes,
+        sessions: Sessions,
+        subscriptions: Subscriptions,
+        clock: Clock,
+        admits: Callable[[Slot], None],
+    ) -> None:
         self._writes = writes
         self._sessions = sessions
         self._subscriptions = subscriptions
         self._clock = clock
+        self._admits = admits
         self.marked = 0
         self.created = 0
 
@@ -125,6 +138,7 @@ class SessionWrites:
         return True
 
     def _queue(self, record: CursorMoved | SessionCreated, session: Session, visible: OnDurable) -> None:
+        self._admits(session.slot)
         try:
             self._writes.other(record, session, visible)
         except LogError as error:

@@ -127,6 +127,11 @@ class KeyWindow:
         packed = _pack(known.seq, known.inserted_at_us, known.content_hash, known.id.encode())
         self._enter(name, packed, pos, at_s)
 
+    def take(self, session: str, key: str, known: KnownKey, *, pos: int, at_s: float) -> None:
+        """A message came from another shard, in whose window its key was: it stays as long as one that is new here."""
+        if self.get(session, key) != known:
+            self.restore(session, key, known, pos=pos, at_s=at_s)
+
     def restored(self, *, log_s: float, now_s: float) -> None:
         """All of the log was read: its time `log_s` is the monotonic time `now_s`."""
         for mark in self._marks:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetlm_shard.appender import Appender, Durable
 from fleetlm_shard.checkpoints import CHECKPOINTS_KEPT, Checkpoint, StoredMeta, write_checkpoint
 from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
-from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, ReadResult
+from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, MoveFacts, ReadResult
 from fleetlm_shard.reader import IndexCache, PageAnswer, PageRequest, find_in_link, read_page
-from fleetlm_shard.records import Message, Trimmed
+from fleetlm_shard.records import Imported, Message, SlotsReleased, Trimmed
 from fleetlm_shard.recovery import BOUNDARY_BYTES, merged
 from fleetlm_shard.segments import CheckpointId, SegmentId, checkpoint_path, keep_aside
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Durable", "Log"]
 
 T = TypeVar("T")
+_NO_FACTS: Final = MoveFacts()
 
 
 class _Own:
@@ -87,6 +88,7 @@ class Log:
         self._boundaries = start.boundaries
         self._damage = list(start.damage)
         self._trim = start.trim
+        self._released = start.released
         self._checkpoint = start.checkpoint
         self._kept = [start.checkpoint] if start.checkpoint else []
         self._old_checkpoints = [
@@ -138,6 +140,22 @@ class Log:
         """
         return self._appender.append_group(records, contexts)
 
+    def append_own(self, record: Record, context: object) -> int:
+        """Queue a small record that the shard needs to go on, if need be from the reserve; returns its position.
+
+        Raises:
+            LogStopped: nothing was queued.
+        """
+        return self._appender.append_own(record, context)
+
+    async def sync(self) -> None:
+        """Wait until all that is durable by the policy is on disk and was looked at. Cancel-safe.
+
+        Raises:
+            LogStopped: a younger term, or an error.
+        """
+        await self._appender.sync()
+
     async def look(self) -> None:
         """Wait for a look at the term that began after this call. Cancel-safe.
 
@@ -155,6 +173,11 @@ class Log:
             if type(record) is Message:
                 add(record.session, record.seq, pos)
                 index.inserted_at_us_max = record.inserted_at_us
+            elif type(record) is Imported:
+                add(record.session, record.seq, pos)
+                index.inserted_at_us_max = max(index.inserted_at_us_max, record.inserted_at_us)
+            elif type(record) is SlotsReleased:
+                self._released.update((slot, pos) for slot in record.slots)
         if entries and entries[0][0] - self._boundaries[-1] >= BOUNDARY_BYTES:
             self._remember_boundary(entries[0][0])
         if self._own_pending:
@@ -190,7 +213,16 @@ class Log:
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    async def read(self, session: str, *, first_seq: int, limit: int, bytes_max: int = READ_BYTES_MAX) -> ReadResult:
+    async def read(
+        self,
+        session: str,
+        *,
+        first_seq: int,
+        limit: int,
+        bytes_max: int = READ_BYTES_MAX,
+        from_pos: int = 0,
+        whole: bool = False,
+    ) -> ReadResult:
         """Durable messages of a session from `first_seq` on, ascending, each checked. Cancel-safe.
 
         Args:
@@ -198,6 +230,8 @@ class Log:
             first_seq: the first wanted, from 1.
             limit: most messages.
             bytes_max: the page ends with the message that reaches this many bytes of JSON.
+            from_pos: what lies below does not count (`released_pos` of its slot).
+            whole: give the bodies of the records instead of the JSON in them.
         """
         while True:
             trim_pos = self.trim_pos
@@ -209,8 +243,10 @@ class Log:
                 limit=limit,
                 bytes_max=min(bytes_max, READ_BYTES_MAX),
                 trim_pos=trim_pos,
+                from_pos=from_pos,
+                whole=whole,
                 active=active,
-                found=active.index.find(session, first_seq, limit),
+                found=active.index.find(session, first_seq, limit, from_pos),
                 links=self._sealed[::-1],
             )
             answer = await self._on_reader(partial(read_page, request))
@@ -221,17 +257,17 @@ class Log:
             self._learn(answer)
             return answer.result
 
-    async def earliest(self, session: str) -> tuple[int, int] | None:
-        """Seq and position of the first message of a session that is still held. Cancel-safe."""
+    async def earliest(self, session: str, *, from_pos: int = 0) -> tuple[int, int] | None:
+        """Seq and position of the first message of a session that is held from `from_pos` on. Cancel-safe."""
         links = list(self._sealed)
         active = self._appender.active
         assert active.index is not None
-        found = active.index.find(session, 0, 1)
+        found = active.index.find(session, 0, 1, from_pos)
         rebuilt: list[tuple[Link, MemoryIndex]] = []
 
         def search(cache: IndexCache) -> tuple[int, int] | None:
             for link in links:
-                place = find_in_link(cache, link, session, first_seq=0, limit=1, rebuilt=rebuilt)
+                place = find_in_link(cache, link, session, first_seq=0, limit=1, rebuilt=rebuilt, from_pos=from_pos)
                 if place is not None:
                     return place.places[0]
             return None
@@ -282,8 +318,22 @@ class Log:
         """
         return self._checkpoint.rows(after) if self._checkpoint else iter(())
 
+    def names(self, after: str = "") -> Iterator[str]:
+        """As `rows`, only the ids, and also of rows whose slots were released since."""
+        return self._checkpoint.names(after) if self._checkpoint else iter(())
+
+    def released_pos(self, slot: int) -> int:
+        """Nothing of the slot below this position counts; 0: all does."""
+        return self._released.get(slot, 0)
+
     async def checkpoint(
-        self, changed: Mapping[str, CheckpointRow], *, pos: int, keys_from_pos: int, opened: Mapping[int, int]
+        self,
+        changed: Mapping[str, CheckpointRow],
+        *,
+        pos: int,
+        keys_from_pos: int,
+        opened: Mapping[int, int],
+        facts: MoveFacts = _NO_FACTS,
     ) -> None:
         """Write a checkpoint: the rows of the last one with `changed` put over them. Durable when it returns.
 
@@ -292,6 +342,7 @@ class Log:
             pos: all records below it are in the rows (at most `durable_pos`).
             keys_from_pos: where the idempotency window begins.
             opened: slot → epoch.
+            facts: what moves left.
 
         Raises:
             LogBusy: one is being written.
@@ -309,15 +360,22 @@ class Log:
                 opened=dict(opened),
                 damage=[(each.from_pos, each.to_pos, each.lost_max) for each in self._damage],
                 trim=self._trim,
+                released=dict(self._released),
+                facts=facts,
             )
             if self._appender.synced_pos < stored.pos:
                 await self._appender.sync()
             own_id = CheckpointId(self._term, self._next_checkpoint)
             self._next_checkpoint += 1
             old, disk, temps, pause = self._checkpoint, self._disk, self._temps, self._lanes.pause
+            gone = old.gone() if old else None
             made = await self._in_background(
-                lambda: write_checkpoint(disk, temps, own_id, old=old, changed=changed, stored=stored, pause=pause)
+                lambda: write_checkpoint(
+                    disk, temps, own_id, old=old, changed=changed, stored=stored, gone=gone, pause=pause
+                )
             )
+            # A session that was changed below `pos` may leave memory now: its row counts, whatever was released before.
+            made.rows_pos, made.released = pos, self._released
         except Exception:
             self._stats.checkpoint_failures += 1
             raise

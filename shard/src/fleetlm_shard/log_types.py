@@ -115,6 +115,7 @@ class CheckpointRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     `first_seq`/`first_pos`: its first message ever (0, 0: none yet); `last_seq`/`last_pos`: its last.
     `metadata`: the JSON object given at creation, or `{}`. `cursors`: participant → last read seq.
+    `trimmed_seq`: what is missing up to there was trimmed by the shard that the session came from.
     """
 
     slot: int
@@ -125,6 +126,21 @@ class CheckpointRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     inserted_at_us: int
     metadata: bytes
     cursors: dict[str, int]
+    trimmed_seq: int = 0
+
+
+class MoveFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What moves left in the log (docs/moves.md), as a checkpoint keeps it.
+
+    Attributes:
+        copied: slots of which it holds what was imported.
+        confirmed: slot → id of the move whose CONFIRMED stands in the log.
+        epoch: of the newest map that a SEALED or CONFIRMED names.
+    """
+
+    copied: tuple[int, ...] = ()
+    confirmed: dict[int, str] = {}
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +160,13 @@ class CheckpointMeta:
         pos: every record below it is in the rows.
         keys_from_pos: where the idempotency window began; boot replays from the smaller of both.
         opened: slot → epoch at which this shard opened it.
+        facts: what moves left.
     """
 
     pos: int
     keys_from_pos: int
     opened: Mapping[int, int]
+    facts: MoveFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from fleetlm_common.config import host_port
 from fleetlm_common.control import ControlPlaneUnavailable, ShardEndpoint
-from fleetlm_common.ids import ShardName
+from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ops import Health, OpsServer
 from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_shard import admin
@@ -59,6 +60,8 @@ EXIT_FAILED: Final = 74
 """The disk, the log on it, or memory failed (EX_IOERR): only a restart that reads the files knows what is there."""
 EXIT_LEFT: Final = 75
 """A younger process asked for the volume (EX_TEMPFAIL)."""
+PROGRESS_S: Final = 0.5
+"""How often the counts of a move are announced; a change of its state is at once."""
 ANNOUNCE_S: Final = 0.2
 """How often it is looked whether there is something new to announce: where we are, whether we are ready."""
 FLUSH_S: Final = 0.5
@@ -192,7 +195,7 @@ class ShardProcess:
             shard.archiver = self._archiver(shard, booted.volume)
             shard.cold.shelves = Library(self._outside.archive_dsn, name=f"fleetlm {self._config.name} reader")
             self._run("archive", shard.archiver.run())
-        self._run("announce", self._announce(booted.volume))
+        self._run("announce", self._announce(booted.volume, shard))
         self._run("watch", shard.ownership.watch())
         self._run("upkeep", shard.upkeep.run())
         self._run("sweep", shard.server.sweep(asyncio.sleep))
@@ -248,22 +251,33 @@ class ShardProcess:
         )
         return Archiver(start=start, source=source, clock=self._outside.clock, events=self._events)
 
-    async def _announce(self, volume: Volume) -> None:
+    async def _announce(self, volume: Volume, shard: Shard) -> None:
         """Say where this shard is and whether it is ready, whenever that changes; runs until cancelled."""
         said: ShardEndpoint | None = None
+        said_s = 0.0
         while True:
+            shard.news.clear()
             endpoint = self._endpoint(volume, ready=self.health().ok)
-            if endpoint != said:
+            now_s = self._outside.clock.monotonic_s()
+            # What only counts has time: on Kubernetes each announcement is a write to the API server.
+            if endpoint != said and (
+                said is None or now_s - said_s >= PROGRESS_S or _without_counts(endpoint) != _without_counts(said)
+            ):
                 try:
                     await self._outside.control.announce(endpoint)
                 except ControlPlaneUnavailable as error:
                     self._events.event("control.away", level="warning", error=str(error))
                 else:
-                    said = endpoint
-            await asyncio.sleep(ANNOUNCE_S)
+                    said, said_s = endpoint, now_s
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCE_S):
+                    # A target that is ready or done is what everybody who waits for the move waits for.
+                    await shard.news.wait()
 
     def _endpoint(self, volume: Volume, *, ready: bool) -> ShardEndpoint:
         host, port = self._address
+        shard = self._shard
+        ownership = None if shard is None else shard.ownership
         return ShardEndpoint(
             name=ShardName(self._config.name),
             volume_id=volume.volume_id,
@@ -272,6 +286,9 @@ class ShardProcess:
             port=port,
             ops_url=f"http://{host}:{self._ops_port}",
             ready=ready,
+            moves=() if shard is None else shard.moves.progress,
+            epoch=Epoch(0) if ownership is None else ownership.acted_epoch,
+            serves=-1 if ownership is None else len(ownership.readable | ownership.held.slots),
         )
 
     # Ending ----------------------------------------------------------------------------------------------------------
@@ -353,3 +370,8 @@ class ShardProcess:
         for task in self._tasks:
             if task.get_name() in names:
                 task.cancel()
+
+
+def _without_counts(endpoint: ShardEndpoint) -> ShardEndpoint:
+    moves = tuple(msgspec.structs.replace(move, done=0, total=0, behind=0) for move in endpoint.moves)
+    return msgspec.structs.replace(endpoint, moves=moves)

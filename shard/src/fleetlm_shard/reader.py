@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from fleetlm_shard.chain import index_of, read_span
 from fleetlm_shard.framing import FRAME, FRAME_BYTES, HEADER_BYTES, check_frame
 from fleetlm_shard.log_types import Missing, ReadResult, StoredMessage
-from fleetlm_shard.records import RecordType, message_place
+from fleetlm_shard.records import MESSAGES, message_place
 from fleetlm_shard.segment_index import Found, MemoryIndex, find_in_value
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
 
@@ -39,7 +39,8 @@ Places = list[tuple[int, int]]
 class PageRequest:
     """What to read, as the loop knows it now.
 
-    `links` are the sealed segments, newest first; `found` is what the active one has.
+    `links` are the sealed segments, newest first; `found` is what the active one has. Nothing below `from_pos` counts.
+    `whole`: give the records' bodies instead of their JSON.
     """
 
     session: str
@@ -47,6 +48,8 @@ class PageRequest:
     limit: int
     bytes_max: int
     trim_pos: int
+    from_pos: int
+    whole: bool
     active: Link
     found: Found | None
     links: Sequence[Link]
@@ -104,8 +107,11 @@ def find_in_link(
     first_seq: int,
     limit: int,
     rebuilt: list[tuple[Link, MemoryIndex]],
+    from_pos: int = 0,
 ) -> Found | None:
-    """Where a sealed segment has messages of a session."""
+    """Where a sealed segment has messages of a session, from `from_pos` on."""
+    if link.end_pos <= from_pos:
+        return None
     index, path = link.index, link.index_path
     if index is None and path is not None:
         try:
@@ -117,8 +123,8 @@ def find_in_link(
         else:
             if value is None:
                 return None
-            return find_in_value(value, link.header.base_pos, first_seq=first_seq, limit=limit)
-    return index.find(session, first_seq, limit) if index is not None else None
+            return find_in_value(value, link.header.base_pos, first_seq=first_seq, limit=limit, from_pos=from_pos)
+    return index.find(session, first_seq, limit, from_pos) if index is not None else None
 
 
 def read_page(request: PageRequest, cache: IndexCache) -> PageAnswer:
@@ -146,6 +152,7 @@ def read_page(request: PageRequest, cache: IndexCache) -> PageAnswer:
             first_seq=request.first_seq,
             limit=request.limit,
             rebuilt=answer.rebuilt,
+            from_pos=request.from_pos,
         )
     parts.reverse()
     answer.result = _fetch(cache.disk, request, parts, more=more, answer=answer)
@@ -165,9 +172,13 @@ def _fetch(
         if budget <= 0 or taken >= request.limit:
             break
         want = places[: request.limit - taken]
-        for seq, pos, json in _SegmentReader(disk, link, request.session).read(want):
+        for seq, pos, json in _SegmentReader(disk, link, request.session, whole=request.whole).read(want):
             if budget <= 0:
                 break
+            if seq < expected:
+                # The record that released an earlier copy of this session is lost to damage; both say the same.
+                taken += 1
+                continue
             if seq > expected:
                 # Retention takes from the beginning only.
                 trimmed = request.trim_pos > 0 and taken == 0
@@ -197,15 +208,16 @@ def _joined(missing: list[Missing]) -> list[Missing]:
 class _SegmentReader:
     """Reads places of one segment, near ones together."""
 
-    def __init__(self, disk: Disk, link: Link, session: str) -> None:
+    def __init__(self, disk: Disk, link: Link, session: str, *, whole: bool) -> None:
         self._disk = disk
         self._link = link
         self._session = session.encode()
+        self._whole = whole
         self._start = 0
         self._chunk = b""
 
     def read(self, places: Places) -> list[tuple[int, int, bytes | None]]:
-        """(seq, pos, JSON or None where it is damaged)."""
+        """(seq, pos, JSON, or the body, or None where it is damaged)."""
         try:
             file = self._disk.open(self._link.path)
         except FileNotFoundError:
@@ -240,11 +252,13 @@ class _SegmentReader:
         except OSError:
             return None
         checked = check_frame(self._chunk, at, min(at + size, len(self._chunk)), self._link.header.seed)
-        if checked is None or checked[0] != RecordType.MESSAGE:
+        if checked is None or checked[0] not in MESSAGES:
             return None
         body = self._chunk[at + FRAME_BYTES : at + size]
         session, own_seq, json_at = message_place(body)
-        return body[json_at:] if (session, own_seq) == (self._session, seq) else None
+        if (session, own_seq) != (self._session, seq):
+            return None
+        return body if self._whole else body[json_at:]
 
     def _load(self, file: File, offset: int, size: int) -> None:
         self._start, self._chunk = offset, b""

@@ -9,9 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from fleetlm_common.ids import Epoch, Slot
+from fleetlm_shard.holdings import Holdings
 from fleetlm_shard.keys import KnownKey
-from fleetlm_shard.records import CursorMoved, LostMessage, Message, SessionCreated, SlotsOpened, message_id
+from fleetlm_shard.records import (
+    CursorMoved,
+    Imported,
+    LostMessage,
+    Message,
+    SessionCreated,
+    SessionImported,
+    SlotsReleased,
+    message_id,
+)
 
 if TYPE_CHECKING:
     from fleetlm_common.clock import Clock
@@ -30,7 +39,7 @@ times before a young key goes. An idle log's keys age slower for it; the bounds 
 class Rebuilt:
     """What `rebuild` found, beside what it put into sessions and keys."""
 
-    opened: dict[Slot, Epoch]
+    holdings: Holdings
     records: int
 
 
@@ -63,23 +72,35 @@ def rebuild(boot: LogBoot, *, sessions: Sessions, keys: KeyWindow, clock: Clock)
     """
     checkpoint = boot.checkpoint
     covered_pos = 0 if checkpoint is None else checkpoint.pos
-    opened = {} if checkpoint is None else {Slot(slot): Epoch(epoch) for slot, epoch in checkpoint.opened.items()}
+    holdings = Holdings.of_checkpoint(checkpoint)
     log_time = LogTime()
     records = 0
     for pos, record in boot.replay():
         records += 1
         if isinstance(record, Message):
-            known = KnownKey(record.seq, record.inserted_at_us, record.content_hash, message_id(record.json))
-            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))
+            _remember(record, pos, keys, log_time)
         if pos >= covered_pos:
-            _apply(record, pos, sessions=sessions, opened=opened)
+            holdings.apply(record)
+            _apply(record, pos, sessions=sessions)
     keys.restored(log_s=log_time.now_s, now_s=clock.monotonic_s())
     sessions.replayed()
-    return Rebuilt(opened, records)
+    return Rebuilt(holdings, records)
 
 
-def _apply(record: Replayed, pos: int, *, sessions: Sessions, opened: dict[Slot, Epoch]) -> None:
-    """Records of the log about itself (trims, damage) are the log's own business."""
+def _remember(record: Message, pos: int, keys: KeyWindow, log_time: LogTime) -> None:
+    """Take a message's key. What a move brought tells nothing about time here: it is as young as what stands before."""
+    if not isinstance(record, Imported):
+        at_s = log_time.at(record.inserted_at_us)
+    elif record.windowed:
+        at_s = log_time.now_s
+    else:
+        return
+    known = KnownKey(record.seq, record.inserted_at_us, record.content_hash, message_id(record.json))
+    keys.restore(record.session, record.key, known, pos=pos, at_s=at_s)
+
+
+def _apply(record: Replayed, pos: int, *, sessions: Sessions) -> None:
+    """Records of the log about itself (trims, damage) are the log's own business, those about slots `Holdings`'."""
     if isinstance(record, Message):
         sessions.replay_message(record.session, seq=record.seq, pos=pos, at_us=record.inserted_at_us)
     elif isinstance(record, LostMessage):
@@ -88,5 +109,7 @@ def _apply(record: Replayed, pos: int, *, sessions: Sessions, opened: dict[Slot,
         sessions.replay_created(record.session, pos=pos, at_us=record.inserted_at_us, metadata=record.metadata)
     elif isinstance(record, CursorMoved):
         sessions.replay_cursor(record.session, pos=pos, participant=record.participant, seq=record.seq)
-    elif isinstance(record, SlotsOpened):
-        opened.update((Slot(slot), Epoch(record.epoch)) for slot in record.slots)
+    elif isinstance(record, SessionImported):
+        sessions.replay_state(record.session, record, pos=pos)
+    elif isinstance(record, SlotsReleased):
+        sessions.release(record.slots)

@@ -39,6 +39,10 @@ class RecordType(IntEnum):
     IMPORTED = 7
     TRIMMED = 8
     DAMAGE = 9
+    IMPORTED_KEYLESS = 10
+    STATE = 11
+    SEALED = 12
+    CONFIRMED = 13
 
 
 class UnknownRecord(Exception):
@@ -58,6 +62,16 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     key: str
     content_hash: bytes
     json: bytes
+
+
+class Imported(Message, frozen=True, gc=False):
+    """A message that another shard ordered, brought here by a move: the same bytes.
+
+    Its time is that shard's, so it says nothing about the age of what stands beside it. `windowed`: its key was in the
+    idempotency window there, so it is in the window here.
+    """
+
+    windowed: bool = True
 
 
 class SessionCreated(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -83,6 +97,44 @@ class SlotsOpened(msgspec.Struct, frozen=True, array_like=True):
 
     epoch: int
     slots: list[int]
+
+
+class SlotsReleased(msgspec.Struct, frozen=True, array_like=True):
+    """What this log holds of these slots before this record is gone."""
+
+    slots: list[int]
+
+
+class SlotsSealed(msgspec.Struct, frozen=True, array_like=True):
+    """This shard, the source of `move`, writes nothing more of these slots; by the map of `epoch`."""
+
+    move: str
+    epoch: int
+    slots: list[int]
+
+
+class MoveConfirmed(msgspec.Struct, frozen=True, array_like=True):
+    """All of these slots is here, says the target of `move`, which its map of `epoch` shows sealing."""
+
+    move: str
+    epoch: int
+    slots: list[int]
+
+
+class SessionImported(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A session as its source showed it: all but its messages, which stand before this record.
+
+    Messages up to `last_seq` that do not stand there are missing at the source too; those up to `trimmed_seq` because
+    of its retention.
+    """
+
+    slot: int
+    session: str
+    last_seq: int
+    trimmed_seq: int
+    inserted_at_us: int
+    metadata: bytes
+    cursors: dict[str, int]
 
 
 class Trimmed(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -111,18 +163,27 @@ class LostMessage(msgspec.Struct, frozen=True, gc=False):
     seq: int
 
 
-Record = Message | SessionCreated | CursorMoved | SlotsOpened | Trimmed | Damaged
+Slotted = SessionCreated | CursorMoved | SessionImported
+"""Records of one session that are no messages."""
+Record = Message | Slotted | SlotsOpened | SlotsReleased | SlotsSealed | MoveConfirmed | Trimmed | Damaged
 """What can be appended."""
 Replayed = Record | LostMessage
 """What recovery hands out."""
 
 _MESSAGE: Final = int(RecordType.MESSAGE)
 """Asking an enum for a member takes 0.2 µs in Python 3.11, a fifth of `encode`."""
+IMPORTS: Final = frozenset({int(RecordType.IMPORTED), int(RecordType.IMPORTED_KEYLESS)})
+MESSAGES: Final = frozenset({_MESSAGE, *IMPORTS})
+"""Types whose body is a message's."""
 _pack = msgspec.msgpack.Encoder().encode
 _SLOTTED: Final[dict[type, RecordType]] = {
     SessionCreated: RecordType.SESSION,
     CursorMoved: RecordType.CURSOR,
     SlotsOpened: RecordType.OPENED,
+    SlotsReleased: RecordType.RELEASED,
+    SessionImported: RecordType.STATE,
+    SlotsSealed: RecordType.SEALED,
+    MoveConfirmed: RecordType.CONFIRMED,
     Trimmed: RecordType.TRIMMED,
     Damaged: RecordType.DAMAGE,
 }
@@ -144,7 +205,11 @@ def encode(record: Record) -> bytes:
             )
             + session + key + record.json
         )  # fmt: skip
-    slot = record.slot if isinstance(record, SessionCreated | CursorMoved) else 0
+    if isinstance(record, Imported):
+        kind = RecordType.IMPORTED if record.windowed else RecordType.IMPORTED_KEYLESS
+        return _TAIL_HEAD.pack(kind, 0, record.slot, 0) + message_body(record)
+    assert not isinstance(record, Message)
+    slot = record.slot if isinstance(record, Slotted) else 0
     return _TAIL_HEAD.pack(_SLOTTED[type(record)], 0, slot, 0) + _pack(record)
 
 
@@ -155,22 +220,41 @@ def decode(kind: int, slot: int, body: bytes | memoryview) -> Record:
         UnknownRecord: a type that this version does not know.
     """
     if kind == _MESSAGE:
-        seq, at_us, content_hash, session_bytes, key_bytes = _MESSAGE_BODY.unpack_from(body)
-        key_at = MESSAGE_BODY_HEAD_BYTES + session_bytes
-        json_at = key_at + key_bytes
-        return Message(
-            slot,
-            str(body[MESSAGE_BODY_HEAD_BYTES:key_at], "utf-8"),
-            seq,
-            at_us,
-            str(body[key_at:json_at], "utf-8"),
-            content_hash,
-            bytes(body[json_at:]),
-        )
+        return Message(slot, *_message_fields(body))
     decoder = _decoders.get(kind)
-    if decoder is None:
-        raise UnknownRecord(f"record type {kind} is not known to this version")
-    return decoder.decode(body)
+    if decoder is not None:
+        return decoder.decode(body)
+    if kind in IMPORTS:
+        return Imported(slot, *_message_fields(body), kind == RecordType.IMPORTED)
+    raise UnknownRecord(f"record type {kind} is not known to this version")
+
+
+def _message_fields(body: bytes | memoryview) -> tuple[str, int, int, str, bytes, bytes]:
+    """Session, seq, time, key, content hash and JSON of a MESSAGE body."""
+    seq, at_us, content_hash, session_bytes, key_bytes = _MESSAGE_BODY.unpack_from(body)
+    key_at = MESSAGE_BODY_HEAD_BYTES + session_bytes
+    json_at = key_at + key_bytes
+    session = str(body[MESSAGE_BODY_HEAD_BYTES:key_at], "utf-8")
+    return session, seq, at_us, str(body[key_at:json_at], "utf-8"), content_hash, bytes(body[json_at:])
+
+
+def message_body(message: Message) -> bytes:
+    """The body of its record, which is the same in every log that holds it."""
+    session, key = message.session.encode(), message.key.encode()
+    head = _MESSAGE_BODY.pack(message.seq, message.inserted_at_us, message.content_hash, len(session), len(key))
+    return head + session + key + message.json
+
+
+def imported(slot: int, body: bytes, *, windowed: bool) -> Imported:
+    """The record of a message that came from another shard as `body`.
+
+    Raises:
+        ValueError: these bytes are no message (struct.error becomes one).
+    """
+    try:
+        return Imported(slot, *_message_fields(body), windowed)
+    except struct.error as error:
+        raise ValueError("a message's body ends too early") from error
 
 
 def message_place(body: bytes | memoryview) -> tuple[bytes, int, int]:
@@ -178,6 +262,13 @@ def message_place(body: bytes | memoryview) -> tuple[bytes, int, int]:
     seq, session_bytes, key_bytes = _SEQ_AND_SESSION.unpack_from(body)
     key_at = MESSAGE_BODY_HEAD_BYTES + session_bytes
     return bytes(body[MESSAGE_BODY_HEAD_BYTES:key_at]), seq, key_at + key_bytes
+
+
+def message_key(body: bytes) -> str:
+    """The key in a MESSAGE body."""
+    _, session_bytes, key_bytes = _SEQ_AND_SESSION.unpack_from(body)
+    key_at = MESSAGE_BODY_HEAD_BYTES + session_bytes
+    return str(body[key_at : key_at + key_bytes], "utf-8")
 
 
 def message_inserted_at_us(body: bytes | memoryview) -> int:

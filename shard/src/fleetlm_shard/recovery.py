@@ -25,7 +25,7 @@ from fleetlm_shard.framing import (
     SegmentHeader,
 )
 from fleetlm_shard.log_types import CheckpointMeta, CheckpointRow, Damage, LogUnreadable
-from fleetlm_shard.records import Damaged, LostMessage, Replayed, Trimmed
+from fleetlm_shard.records import Damaged, LostMessage, Replayed, SlotsReleased, Trimmed
 from fleetlm_shard.segment_index import MemoryIndex, decode_runs
 from fleetlm_shard.segments import (
     ASIDE_FOLDER,
@@ -75,6 +75,7 @@ class LogStart:
     listing: Listing
     damage: list[Damage]
     trim: Trimmed | None
+    released: dict[int, int]
     strays: list[str]
     boundaries: list[int]
 
@@ -117,6 +118,8 @@ class LogBoot:
         self._boundaries: list[int] = []
         self.damage: list[Damage] = []
         self.strays: list[str] = []
+        self.released: dict[int, int] = {}
+        """Slot → position of its newest RELEASED, as far as was read."""
 
     @classmethod
     def open(cls, disk: Disk, fence: Fence, config: LogConfig, *, entropy: random.Random) -> LogBoot:
@@ -161,6 +164,8 @@ class LogBoot:
             self._replay_from = stored.replay_from_pos
             self._known = stored.damages()
             self._trim = stored.trim
+            self.released = dict(stored.released)
+            self._checkpoint.released = self.released
         elif damaged and (not self._links or self._links[0].header.base_pos > 0):
             raise LogUnreadable(
                 f"no checkpoint is whole ({', '.join(map(checkpoint_path, damaged))}) and the log's beginning was "
@@ -181,6 +186,10 @@ class LogBoot:
     def trim_pos(self) -> int:
         """Nothing below is held."""
         return self._trim.below_pos if self._trim else 0
+
+    def released_pos(self, slot: int) -> int:
+        """Nothing of the slot below this position counts; 0: all does."""
+        return self.released.get(slot, 0)
 
     def row(self, session: str) -> CheckpointRow | None:
         """A session's row in the checkpoint."""
@@ -306,12 +315,14 @@ class LogBoot:
                 record = records.decode(kind, slot, data[start:stop])
             except (records.UnknownRecord, msgspec.MsgspecError) as error:
                 raise LogUnreadable(f"{link.path}: record at position {pos}: {error}") from error
-            self._note(record)
+            self._note(record, pos)
             yield pos, record
 
-    def _note(self, record: Replayed) -> None:
+    def _note(self, record: Replayed, pos: int) -> None:
         """Records of the log about itself."""
-        if isinstance(record, Trimmed):
+        if isinstance(record, SlotsReleased):
+            self.released.update((slot, pos) for slot in record.slots)
+        elif isinstance(record, Trimmed):
             if record.below_pos > self.trim_pos:
                 self._trim = record
         elif isinstance(record, Damaged):
@@ -420,6 +431,7 @@ class LogBoot:
             listing=self._listing,
             damage=self.damage,
             trim=self._trim,
+            released=self.released,
             strays=self.strays,
             boundaries=[pos for pos in self._boundaries if pos < header.base_pos] + [header.base_pos],
         )

@@ -68,7 +68,12 @@ class Replay:
         if seq >= session.ring_first_seq:
             return session.ring[seq - session.ring_first_seq]
         found = await self._cold.read(
-            session_id, first_seq=seq, last_seq=session.seq_durable, limit=1, bytes_max=PAGE_BYTES_MAX
+            session_id,
+            first_seq=seq,
+            last_seq=session.seq_durable,
+            limit=1,
+            bytes_max=PAGE_BYTES_MAX,
+            slot=session.slot,
         )
         return found.messages[0].json if found.messages and found.messages[0].seq == seq else None
 
@@ -85,7 +90,7 @@ class Replay:
         if session.first_pos >= trim_pos:
             return session.first_seq
         if session.earliest_trim_pos != trim_pos:
-            earliest = await self._cold.earliest(session_id)
+            earliest = await self._cold.earliest(session_id, slot=session.slot)
             session = self._sessions.get(session_id)
             # A message that came meanwhile changes nothing: what is held only grows at the other end.
             session.earliest_seq = session.seq_durable + 1 if earliest is None else earliest
@@ -104,7 +109,12 @@ class Replay:
         if first_seq < session.ring_first_seq:
             self.pages_cold += 1
             found = await self._cold.read(
-                session_id, first_seq=first_seq, last_seq=session.seq_durable, limit=limit, bytes_max=PAGE_BYTES_MAX
+                session_id,
+                first_seq=first_seq,
+                last_seq=session.seq_durable,
+                limit=limit,
+                bytes_max=PAGE_BYTES_MAX,
+                slot=session.slot,
             )
             session = self._sessions.get(session_id)
             run = _first_run(found.messages)
@@ -136,7 +146,7 @@ class Replay:
             hole_from = before - len(jsons)
         else:
             self.pages_cold += 1
-            asked_from, held, missing = await self._ending_at(session_id, hole_from, before)
+            asked_from, held, missing = await self._ending_at(session_id, hole_from, before, session.slot)
             session = self._sessions.get(session_id)
             jsons = [message.json for message in _last_run(held, before=before)]
             below = held[: len(held) - len(jsons)]
@@ -154,7 +164,7 @@ class Replay:
         )
 
     async def _ending_at(
-        self, session_id: str, first_seq: int, before: int
+        self, session_id: str, first_seq: int, before: int, slot: int
     ) -> tuple[int, list[StoredMessage], Sequence[Missing]]:
         """The seq from which it was looked, what is held from there up to `before` - 1, and the known holes.
 
@@ -167,6 +177,7 @@ class Replay:
                 last_seq=before - 1,
                 limit=before - first_seq,
                 bytes_max=PAGE_BYTES_MAX,
+                slot=slot,
             )
             cut_short = found.has_more and bool(found.messages) and found.messages[-1].seq + 1 < before
             if not cut_short or first_seq + 1 >= before:
@@ -229,7 +240,8 @@ def _gap(session: Session, from_seq: int, next_seq: int, earliest_seq: int, miss
     """What is missing from `from_seq` to just before `next_seq`, if anything."""
     if from_seq >= next_seq:
         return None
-    reason = next((hole.reason for hole in missing if hole.from_seq <= from_seq <= hole.to_seq), None)
+    reason: str | None = "trimmed" if next_seq <= session.trimmed_seq + 1 else None
+    reason = reason or next((hole.reason for hole in missing if hole.from_seq <= from_seq <= hole.to_seq), None)
     if reason is None:
         reason = "trimmed" if next_seq <= earliest_seq else "damaged"
     return Gap(

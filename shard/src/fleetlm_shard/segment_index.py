@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import struct
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -77,20 +78,9 @@ class MemoryIndex:
         last = self._runs.get(session)
         return [] if last is None else [*self._older.get(session, ()), last]
 
-    def find(self, session: str, first_seq: int, limit: int) -> Found | None:
-        """Up to `limit` places from `first_seq` on; None if the segment has nothing of the session."""
-        runs = self.runs(session)
-        if not runs:
-            return None
-        places: list[tuple[int, int]] = []
-        more = False
-        for run in runs:
-            skip = max(first_seq - run[0], 0)
-            want = limit - len(places)
-            part = run[1 + skip : 1 + skip + want]
-            places += zip(range(run[0] + skip, run[0] + skip + len(part)), part, strict=True)
-            more = more or len(run) - 1 - skip > want
-        return Found(runs[0][0], places, more)
+    def find(self, session: str, first_seq: int, limit: int, from_pos: int = 0) -> Found | None:
+        """Up to `limit` places from `first_seq` on, at `from_pos` or beyond; None if the segment has nothing there."""
+        return _find(self.runs(session), first_seq, limit, from_pos)
 
     def split(self, pos: int) -> tuple[MemoryIndex, MemoryIndex]:
         """What lies below `pos`, and the rest."""
@@ -136,8 +126,32 @@ def decode_runs(value: bytes, base_pos: int) -> list[Run]:
     return runs
 
 
-def find_in_value(value: bytes, base_pos: int, *, first_seq: int, limit: int) -> Found:
-    """As `MemoryIndex.find`, from a table's value; decodes no more than it returns."""
+def _find(runs: list[Run], first_seq: int, limit: int, from_pos: int) -> Found | None:
+    if from_pos:
+        runs = [found for found in (_run_from(run, from_pos) for run in runs) if len(found) > 1]
+    if not runs:
+        return None
+    places: list[tuple[int, int]] = []
+    more = False
+    for run in runs:
+        skip = max(first_seq - run[0], 0)
+        want = limit - len(places)
+        part = run[1 + skip : 1 + skip + want]
+        places += zip(range(run[0] + skip, run[0] + skip + len(part)), part, strict=True)
+        more = more or len(run) - 1 - skip > want
+    return Found(runs[0][0], places, more)
+
+
+def _run_from(run: Run, from_pos: int) -> Run:
+    """What of a run lies at `from_pos` or beyond (positions ascend within it)."""
+    skip = bisect_left(run, from_pos, 1) - 1
+    return run if skip == 0 else [run[0] + skip, *run[1 + skip :]]
+
+
+def find_in_value(value: bytes, base_pos: int, *, first_seq: int, limit: int, from_pos: int = 0) -> Found | None:
+    """As `MemoryIndex.find`, from a table's value; decodes no more than it returns (unless the slot was released)."""
+    if from_pos > base_pos:
+        return _find(decode_runs(value, base_pos), first_seq, limit, from_pos)
     places: list[tuple[int, int]] = []
     more = False
     lowest_seq = 0

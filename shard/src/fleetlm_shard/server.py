@@ -27,6 +27,7 @@ from fleetlm_common.ids import SessionId, Slot, Term, checked_id
 from fleetlm_common.logs import Logger
 from fleetlm_common.rpc import Kind
 from fleetlm_common.wire import FrameConnection
+from fleetlm_shard.exporter import Exporter
 from fleetlm_shard.log_types import LogError
 from fleetlm_shard.ownership import Ownership
 from fleetlm_shard.sequencer import Sequencer, refusal
@@ -96,6 +97,7 @@ class Server:
     Args:
         credentials: who may talk.
         service: requests about sessions.
+        exporter: requests of other shards, to which slots move.
         sequencer: appends.
         sessions: hot state, for the hot path.
         ownership: which slots are served.
@@ -112,6 +114,7 @@ class Server:
         *,
         credentials: Credentials,
         service: Service,
+        exporter: Exporter,
         sequencer: Sequencer,
         sessions: Sessions,
         ownership: Ownership,
@@ -145,6 +148,16 @@ class Server:
             Kind.MARK_READ: Handler(msgspec.msgpack.Decoder(rpc.MarkRead).decode, Kind.MARKED, service.mark_read),
             Kind.CREATE: Handler(msgspec.msgpack.Decoder(rpc.Create).decode, Kind.CREATED, service.create),
             Kind.LIST: Handler(msgspec.msgpack.Decoder(rpc.List).decode, Kind.LISTED, service.list_sessions),
+            Kind.EXPORT: Handler(msgspec.msgpack.Decoder(rpc.Export).decode, Kind.EXPORTED, exporter.export),
+            Kind.EXPORT_CHANGED: Handler(
+                msgspec.msgpack.Decoder(rpc.ExportChanged).decode, Kind.EXPORTED, exporter.changed
+            ),
+            Kind.EXPORT_MESSAGES: Handler(
+                msgspec.msgpack.Decoder(rpc.ExportMessages).decode, Kind.EXPORTED_MESSAGES, exporter.messages
+            ),
+            Kind.EXPORT_SEALED: Handler(
+                msgspec.msgpack.Decoder(rpc.ExportSealed).decode, Kind.EXPORTED_ALL, exporter.sealed
+            ),
         }
 
     def protocol(self) -> FrameConnection:
@@ -310,7 +323,7 @@ class Connection:
             request = _decode_append(payload)
             session = server.sessions.hot(request.session)
             if session is None or session.slot not in server.ownership.serves:
-                server.spawn(self._append_cold(ident, request))
+                server.spawn(self._append_cold(ident, request, len(payload)))
             else:
                 server.sequencer.append(session, request, ident, self._on_appended)
         except FleetError as error:
@@ -318,13 +331,16 @@ class Connection:
         except UNREADABLE as error:
             self._answer_error(ident, Invalid(f"APPEND cannot be read: {error}", field="payload"))
 
-    async def _append_cold(self, ident: int, request: rpc.Append) -> None:
+    async def _append_cold(self, ident: int, request: rpc.Append, size_bytes: int) -> None:
         """An append whose session is not in memory, or whose slot is not (yet) served here."""
         server = self.server
 
         async def append() -> None:
             slot = server.slot_of(SessionId(checked_id(request.session, "session_id")))
-            await server.ownership.settle(slot, epoch=request.epoch)
+            keys = tuple(draft.key for entry in request.entries for draft in entry.drafts)
+            await server.ownership.settle_write(
+                slot, epoch=request.epoch, name=(request.session, keys), size_bytes=size_bytes
+            )
             session = server.sessions.get(request.session)
             server.sequencer.append(session, request, ident, self._on_appended)
 

@@ -61,8 +61,23 @@ class Service:
         self._writes = writes
         self._names = names
 
+    async def enter_write(self, session_id: str, epoch: int, name: tuple[str, ...], size_bytes: int) -> Session:
+        """The session, if it is this shard's to write to; a write to a sealed slot waits.
+
+        Raises:
+            Invalid: no session can have this id.
+            Moved, TryAgain: not served here.
+            LogError: the log has stopped.
+        """
+        slot = self._slot_of(SessionId(checked_id(session_id, "session_id")))
+        while True:
+            await self._ownership.settle_write(slot, epoch=epoch, name=(session_id, name), size_bytes=size_bytes)
+            await self._look()
+            if slot in self._ownership.serves:
+                return self._sessions.get(session_id)
+
     async def enter(self, session_id: str, epoch: int) -> Session:
-        """The session, if it is this shard's to answer for.
+        """The session, if it is this shard's to show.
 
         Raises:
             Invalid: no session can have this id.
@@ -73,7 +88,7 @@ class Service:
         await self._ownership.settle(slot, epoch=epoch)
         await self._look()
         # The map may have changed while we looked.
-        self._ownership.admit(slot)
+        self._ownership.admit_read(slot)
         return self._sessions.get(session_id)
 
     async def read(self, request: Read) -> Page:
@@ -90,14 +105,16 @@ class Service:
 
     async def mark_read(self, request: MarkRead) -> Marked:
         """Move a read cursor."""
-        await self.enter(request.session, request.epoch)
+        name = ("mark_read", request.participant, str(request.seq))
+        await self.enter_write(request.session, request.epoch, name, len(request.participant))
         if request.seq > SEQ_MAX:
             raise Invalid(f"seq must be at most {SEQ_MAX}", field="seq", limit=SEQ_MAX)
         return Marked(await self._writes.mark_read(request.session, request.participant, request.seq))
 
     async def create(self, request: Create) -> Created:
         """Make a session."""
-        await self.enter(request.session, request.epoch)
+        name = ("create", str(request.metadata, errors="replace"))
+        await self.enter_write(request.session, request.epoch, name, len(request.metadata))
         created = await self._writes.create(request.session, request.metadata)
         return Created(created, await self._info(request.session))
 
@@ -115,7 +132,7 @@ class Service:
                 break
             after = names[-1]
             for name in names:
-                if self._slot_of(SessionId(name)) in self._ownership.serves and size_bytes < PAGE_BYTES_MAX:
+                if self._slot_of(SessionId(name)) in self._ownership.readable and size_bytes < PAGE_BYTES_MAX:
                     info = await self._info(name)
                     size_bytes += len(info.metadata)
                     listed.append((name, info))

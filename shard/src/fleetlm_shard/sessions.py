@@ -23,9 +23,10 @@ from fleetlm_common.ids import SessionId, Slot, checked_id
 from fleetlm_shard.log_types import CheckpointRow, lost_seqs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from fleetlm_shard.log_types import Damage
+    from fleetlm_shard.records import SessionImported
     from fleetlm_shard.subscriptions import Subscription
 
 RING_MESSAGES_MAX: Final = 1000
@@ -69,6 +70,7 @@ class Session:
         "seq_durable",
         "slot",
         "subscribers",
+        "trimmed_seq",
     )
 
     def __init__(self, ident: str, slot: Slot, row: CheckpointRow | None, *, lost: int) -> None:
@@ -104,6 +106,8 @@ class Session:
         self.earliest_seq = 0
         """First seq that the log still holds, valid for `earliest_trim_pos`; 0: not asked yet."""
         self.earliest_trim_pos = -1
+        self.trimmed_seq = 0 if row is None else row.trimmed_seq
+        """What is missing up to there was trimmed by the shard that the session came from."""
 
     @property
     def exists(self) -> bool:
@@ -138,6 +142,7 @@ class Session:
             inserted_at_us=self.inserted_at_us,
             metadata=self.metadata,
             cursors=dict(self.cursors),
+            trimmed_seq=self.trimmed_seq,
         )
 
 
@@ -151,6 +156,10 @@ class RowSource(Protocol):
 
     def row(self, session: str, /) -> CheckpointRow | None:
         """The session's row in the newest checkpoint."""
+        ...
+
+    def released_pos(self, slot: int, /) -> int:
+        """Nothing of the slot below this position counts."""
         ...
 
 
@@ -175,6 +184,8 @@ class Sessions:
         self._bytes_max = bytes_max
         self._hot: OrderedDict[str, Session] = OrderedDict()
         self._changed: dict[str, Session] = {}
+        self.watched: dict[Slot, Callable[[Session], None]] = {}
+        """Slots of moves whose source is this shard: who hears of each session that changed durably."""
         self.bytes = 0
         self.hits = 0
         self.misses = 0
@@ -208,10 +219,18 @@ class Sessions:
         self.misses += 1
         return self._load(SessionId(checked_id(ident, "session_id")))
 
+    def seen(self, ident: str) -> Session:
+        """The session as it is, not brought into memory if it is not there: to look at, not to keep."""
+        return self._hot.get(ident) or self._made(SessionId(ident))
+
+    def _made(self, ident: SessionId) -> Session:
+        row, slot = self.rows.row(ident), self._slot_of(ident)
+        # Nothing of a slot can have been lost before its copy here began.
+        last_pos = max(0 if row is None else row.last_pos, self.rows.released_pos(slot))
+        return Session(ident, slot, row, lost=lost_seqs(self.rows.damage, last_pos))
+
     def _load(self, ident: SessionId) -> Session:
-        row = self.rows.row(ident)
-        lost = lost_seqs(self.rows.damage, 0 if row is None else row.last_pos)
-        session = Session(ident, self._slot_of(ident), row, lost=lost)
+        session = self._made(ident)
         # Make room first: were the new session evicted here, its caller would write to one that nobody finds.
         self.evict()
         self._hot[ident] = session
@@ -268,6 +287,57 @@ class Sessions:
         if not session.changed:
             session.changed = True
             self._changed[session.id] = session
+        if self.watched:
+            note = self.watched.get(session.slot)
+            if note is not None:
+                note(session)
+
+    # What a move brings (docs/moves.md): the target takes it in without keeping messages in memory.
+
+    def imported_durable(self, session: Session, *, seq: int, pos: int, at_us: int) -> None:
+        """A message that another shard ordered is on disk; what is missing before it is missing there too."""
+        assert seq > session.seq_durable
+        self._forget_ring(session)
+        session.seq_durable = session.last_seq_logged = seq
+        session.last_pos = pos
+        if not session.first_seq:
+            session.first_seq, session.first_pos = seq, pos
+        session.inserted_at_us = session.inserted_at_us or at_us
+        self.changed(session, pos)
+
+    def state_durable(self, session: Session, record: SessionImported, pos: int) -> None:
+        """The rest of what another shard showed of the session is on disk."""
+        self._forget_ring(session)
+        self._take_state(session, record, pos)
+        session.seq_durable = session.last_seq_logged
+        session.seq_assigned = max(session.seq_assigned, session.seq_durable)
+        self.changed(session, pos)
+
+    def _take_state(self, session: Session, record: SessionImported, pos: int) -> None:
+        self.bytes -= _fixed_bytes(session)
+        if record.last_seq > session.last_seq_logged:
+            session.last_seq_logged, session.last_pos = record.last_seq, pos
+        session.inserted_at_us = record.inserted_at_us
+        session.trimmed_seq = record.trimmed_seq
+        session.metadata = record.metadata
+        session.cursors = dict(record.cursors)
+        self.bytes += _fixed_bytes(session)
+
+    def _forget_ring(self, session: Session) -> None:
+        self.bytes -= session.ring_bytes
+        session.ring_bytes = 0
+        session.ring.clear()
+
+    def release(self, slots: Container[int]) -> None:
+        """The record that these slots are released is on disk (or was read): nothing before it counts."""
+        for session in [each for each in self._hot.values() if each.slot in slots]:
+            assert not session.pending, "nobody writes to a slot that is being released"
+            self._forget_ring(session)
+            self.bytes -= _fixed_bytes(session)
+            if session.changed:
+                session.changed = False
+                del self._changed[session.id]
+            del self._hot[session.id]
 
     def remember(self, session: Session, messages: Sequence[bytes]) -> None:
         """A reader brought the session's newest messages from the log: keep them for the next one.
@@ -285,6 +355,10 @@ class Sessions:
     def changed_now(self) -> list[Session]:
         """Sessions that changed since the last checkpoint."""
         return list(self._changed.values())
+
+    def changed_of(self, slots: Container[int]) -> list[str]:
+        """Ids of those that changed since the last checkpoint and lie in these slots, ascending."""
+        return sorted(ident for ident, session in self._changed.items() if session.slot in slots)
 
     def checkpointed(self, sessions: Sequence[Session], pos: int) -> None:
         """A checkpoint has the rows of these; those that have not changed at or after `pos` may leave memory now."""
@@ -323,11 +397,18 @@ class Sessions:
         """Boot read a read cursor."""
         self.cursor_durable(self.get(ident), pos=pos, participant=participant, seq=seq)
 
+    def replay_state(self, ident: str, record: SessionImported, *, pos: int) -> None:
+        """Boot read what a move brought."""
+        session = self.get(ident)
+        self._take_state(session, record, pos)
+        self.changed(session, pos)
+
     def replayed(self) -> None:
         """Boot knows all damage now: seqs go on behind whatever may have been lost."""
         damage = self.rows.damage
         for session in self._hot.values():
-            session.seq_durable = session.last_seq_logged + lost_seqs(damage, session.last_pos)
+            last_pos = max(session.last_pos, self.rows.released_pos(session.slot))
+            session.seq_durable = session.last_seq_logged + lost_seqs(damage, last_pos)
             session.seq_assigned = session.seq_durable
 
     def evict(self) -> None:
@@ -337,9 +418,7 @@ class Sessions:
             if self.bytes <= self._bytes_max or len(hot) <= 1:
                 return
             ident, session = next(iter(hot.items()))
-            self.bytes -= session.ring_bytes
-            session.ring_bytes = 0
-            session.ring.clear()
+            self._forget_ring(session)
             if session.held:
                 hot.move_to_end(ident)
             else:

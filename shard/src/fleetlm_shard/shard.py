@@ -20,10 +20,14 @@ from fleetlm_common.ops import Health
 from fleetlm_common.slots import slot_of
 from fleetlm_shard.archive.cold import Cold
 from fleetlm_shard.cursors import SessionWrites
+from fleetlm_shard.exporter import Exporter
+from fleetlm_shard.importer import ImportParts
 from fleetlm_shard.keys import KeyWindow
 from fleetlm_shard.log import Log
 from fleetlm_shard.log_types import LogBusy, LogDiskFull
+from fleetlm_shard.moving import Moves
 from fleetlm_shard.ownership import Ownership
+from fleetlm_shard.peer import source_of
 from fleetlm_shard.records import SlotsOpened
 from fleetlm_shard.replay import Replay
 from fleetlm_shard.sequencer import STOPPED, Sequencer
@@ -137,6 +141,9 @@ class Shard:
         self.writes = Writes(self.log, sessions, self.subscriptions, clock=world.clock, measured=world.measured)
         self.cold = Cold(self.log)
         self.replay = Replay(sessions, self.cold)
+        self.holdings = rebuilt.holdings
+        self.news = asyncio.Event()
+        """Set when something must be announced at once."""
         self.ownership = Ownership(
             shard=ShardName(credentials.shard),
             volume_id=credentials.volume_id,
@@ -144,9 +151,11 @@ class Shard:
             store_map=world.store_map,
             open_slots=self._open_slots,
             on_released=self._on_released,
+            on_map=self._on_map,
+            news=self.news.set,
+            holdings=self.holdings,
             log=world.events,
         )
-        self.ownership.opened.update(rebuilt.opened)
         self.sequencer = Sequencer(
             writes=self.writes,
             sessions=sessions,
@@ -159,8 +168,13 @@ class Shard:
             spawn=self._spawn,
         )
         self.session_writes = SessionWrites(
-            writes=self.writes, sessions=sessions, subscriptions=self.subscriptions, clock=world.clock
+            writes=self.writes,
+            sessions=sessions,
+            subscriptions=self.subscriptions,
+            clock=world.clock,
+            admits=self._admits,
         )
+        self.moves = self._make_moves(config)
         self.server = self._make_server(config)
         self.upkeep = self._make_upkeep(config)
 
@@ -170,12 +184,59 @@ class Shard:
             log=self.log,
             sessions=self.memory.sessions,
             keys=self.memory.keys,
-            opened=lambda: self.ownership.opened,
+            holdings=self.holdings,
+            clean=self.moves.clean,
             archived_below=lambda: None if self.archiver is None else self.archiver.floor_pos,
             config=config,
             clock=world.clock,
             sleep=world.sleep,
             events=world.events,
+        )
+
+    def _make_moves(self, config: ShardConfig) -> Moves:
+        world, memory, synced = self._world, self.memory, config.fsync == "always"
+        exporter = Exporter(
+            shard=self.ownership.shard,
+            log=self.log,
+            writes=self.writes,
+            sessions=memory.sessions,
+            keys=memory.keys,
+            holdings=self.holdings,
+            slot_of=self.slot_of,
+            refresh=self.ownership.refresh,
+            synced=synced,
+            monotonic=world.clock.monotonic_s,
+            sleep=world.sleep,
+            spawn=self._spawn,
+        )
+        parts = ImportParts(
+            log=self.log,
+            writes=self.writes,
+            sessions=memory.sessions,
+            keys=memory.keys,
+            holdings=self.holdings,
+            clock=world.clock,
+            sleep=world.sleep,
+            events=world.events,
+            slot_of=self.slot_of,
+            source_of=lambda move: source_of(move, self.ownership, self.credentials),
+            reader=lambda: f"{self.credentials.shard}/{world.entropy.getrandbits(64):016x}",
+            epoch=lambda: self.ownership.epoch,
+            synced=synced,
+            changed=self.news.set,
+        )
+        return Moves(
+            credentials=self.credentials,
+            exporter=exporter,
+            parts=parts,
+            ownership=self.ownership,
+            holdings=self.holdings,
+            sessions=memory.sessions,
+            writes=self.writes,
+            clock=world.clock,
+            clean_after_s=config.clean_after_s,
+            events=world.events,
+            news=self.news.set,
         )
 
     def _make_server(self, config: ShardConfig) -> Server:
@@ -192,6 +253,7 @@ class Shard:
         return Server(
             credentials=self.credentials,
             service=service,
+            exporter=self.moves.exporter,
             sequencer=self.sequencer,
             sessions=sessions,
             ownership=self.ownership,
@@ -212,12 +274,14 @@ class Shard:
         if self.stopped is not None:
             return STOPPED
         if self.draining:
-            return TryAgain("this shard is leaving", reason="draining")
+            return _LEAVING
         return None
 
     def drain(self) -> None:
         """Take no further request, say so to every gateway, end subscriptions; what is in flight is still answered."""
         self.draining = True
+        self.moves.cancel()
+        self.ownership.held.refuse_all(_LEAVING)
         self.server.goaway("draining")
 
     def health(self) -> Health:
@@ -229,6 +293,10 @@ class Shard:
             return Health(ok=False, reason=standing, message="no ring map names this shard yet")
         if self.log.full:
             return Health(ok=False, reason="DiskFull", message="the volume has no space for a further segment")
+        if self.ownership.unconfirmed:
+            move = next(iter(self.ownership.unconfirmed.values()))
+            words = f"the ring map gives slots to this shard by move {move}, which its volume does not hold"
+            return Health(ok=False, reason="MoveNotHere", message=words)
         if self.ownership.opening:
             return Health(ok=False, reason="OpeningSlots", message="slots of the ring map are being opened")
         if self.log.damage:
@@ -237,7 +305,8 @@ class Shard:
         archive = None if self.archiver is None else self.archiver.health()
         if archive is not None:
             return archive
-        return Health(ok=True, reason="Ready", message=f"{len(self.ownership.serves)} slots")
+        words = "; ".join(filter(None, (f"{len(self.ownership.readable)} slots", self.moves.words)))
+        return Health(ok=True, reason="Ready", message=words)
 
     async def close(self, *, checkpoint: bool) -> None:
         """Graceful end after `drain`: what is queued becomes durable, a checkpoint shortens the next boot.
@@ -288,6 +357,9 @@ class Shard:
                     await self._world.sleep(OPEN_RETRY_S)
         await self.writes.all_settled()
 
+    def _on_map(self, ring: RingMap) -> None:
+        self.moves.on_map(ring)
+
     def _on_released(self, slots: set[Slot]) -> None:
         """Slots that fell silent: their subscriptions end after their last push."""
         released = [session for session in self.memory.sessions.all_hot() if session.slot in slots]
@@ -296,6 +368,10 @@ class Shard:
     async def _names(self, after: str, limit: int) -> list[str]:
         stored = (name for name, _ in islice(self.log.rows(after), limit))
         return self.memory.sessions.names(after, limit, stored)
+
+
+_LEAVING: Final = TryAgain("this shard is leaving", reason="draining")
+"""What everybody hears from a shard that ends."""
 
 
 def _nothing(_: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from crc32c import crc32c
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fleetlm_shard.disk import File
 
@@ -242,8 +242,19 @@ def entries_of(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = value_at + value_bytes
 
 
-def merge(builder: TableBuilder, old: Table | None, changed: Iterator[tuple[bytes, bytes]]) -> Iterator[None]:
+def merge(
+    builder: TableBuilder,
+    old: Table | None,
+    changed: Iterator[tuple[bytes, bytes]],
+    gone: Callable[[bytes], bool] | None = None,
+) -> Iterator[None]:
     """Write `old` with `changed` (ascending) put over it; blocks that nothing changes in are copied as they are.
+
+    Args:
+        builder: of the new table.
+        old: the table before, if there is one.
+        changed: entries that replace old ones or are new.
+        gone: tells of an old value whether its entry is left out.
 
     Yields:
         After each slice of work, so that the caller can pause.
@@ -260,10 +271,10 @@ def merge(builder: TableBuilder, old: Table | None, changed: Iterator[tuple[byte
             following = next(changed, None)
             if len(mine) % _SLICE_ENTRIES == 0:
                 yield
-        if not mine and len(block) >= BLOCK_BYTES // 2:
+        if not mine and gone is None and len(block) >= BLOCK_BYTES // 2:
             builder.add_block(old.first_key(number), block, old.block_entries(number))
         else:
-            entries = dict(entries_of(block))
+            entries = {key: value for key, value in entries_of(block) if gone is None or not gone(value)}
             entries.update(mine)
             for key in sorted(entries):
                 builder.add(key, entries[key])

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final
 from fleetlm_shard.log_types import LogBusy, LogDiskFull
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from fleetlm_common.clock import Clock
-    from fleetlm_common.ids import Epoch, Slot
     from fleetlm_common.logs import Logger
     from fleetlm_shard.config import ShardConfig
+    from fleetlm_shard.holdings import Holdings
     from fleetlm_shard.keys import KeyWindow
     from fleetlm_shard.log import Log
     from fleetlm_shard.log_types import CheckpointRow
@@ -40,7 +40,8 @@ class Upkeep:
         log: Log,
         sessions: Sessions,
         keys: KeyWindow,
-        opened: Callable[[], Mapping[Slot, Epoch]],
+        holdings: Holdings,
+        clean: Callable[[], None],
         archived_below: Callable[[], int | None],
         config: ShardConfig,
         clock: Clock,
@@ -50,7 +51,8 @@ class Upkeep:
         self._log = log
         self._sessions = sessions
         self._keys = keys
-        self._opened = opened
+        self._holdings = holdings
+        self._clean = clean
         self._archived_below = archived_below
         self._config = config
         self._clock = clock
@@ -68,6 +70,7 @@ class Upkeep:
             await self._sleep(UPKEEP_S)
             now_s = self._clock.monotonic_s()
             self._keys.evict(now_s)
+            self._clean()
             if self.checkpoint_due():
                 await self.checkpoint()
             if now_s >= self._retention_due_s:
@@ -100,7 +103,8 @@ class Upkeep:
                 rows,
                 pos=pos,
                 keys_from_pos=keys_from_pos,
-                opened={int(slot): int(epoch) for slot, epoch in self._opened().items()},
+                opened={int(slot): int(epoch) for slot, epoch in self._holdings.opened.items()},
+                facts=self._holdings.facts(),
             )
         except (LogBusy, LogDiskFull, OSError) as error:
             self._events.event("checkpoint.failed", level="warning", error=str(error))

@@ -143,6 +143,15 @@ class Writes:
             session.pending += 1
         return self.queued_pos
 
+    def own(self, record: Record, on_durable: OnDurable) -> int:
+        """Queue a record of the shard about itself, if need be from the disk's reserve.
+
+        Raises:
+            LogStopped: nothing was queued.
+        """
+        self.queued_pos = self._log.append_own(record, on_durable)
+        return self.queued_pos
+
     def wait(self, who: Waiting, since_s: float) -> None:
         """Tell `who`, who waits since then, when all that is queued now is visible.
 

@@ -50,14 +50,15 @@ class Cold:
         return self._log.trim_pos
 
     async def read(
-        self, session: str, *, first_seq: int, last_seq: int, limit: int, bytes_max: int = READ_BYTES_MAX
+        self, session: str, *, first_seq: int, last_seq: int, limit: int, slot: int, bytes_max: int = READ_BYTES_MAX
     ) -> ReadResult:
-        """As `Log.read`, for a session whose last durable seq is `last_seq`. Cancel-safe.
+        """As `Log.read`, for a session of `slot` whose last durable seq is `last_seq`. Cancel-safe.
 
         Raises:
             TryAgain: part of it is in the archive, which does not answer.
         """
-        found = await self._log.read(session, first_seq=first_seq, limit=limit, bytes_max=bytes_max)
+        from_pos = self._log.released_pos(slot)
+        found = await self._log.read(session, first_seq=first_seq, limit=limit, bytes_max=bytes_max, from_pos=from_pos)
         shelves = self.shelves
         if shelves is None or first_seq > last_seq:
             return found
@@ -95,7 +96,7 @@ class Cold:
             has_more=found.has_more or archive_cut or full or len(page) < len(merged),
         )
 
-    async def earliest(self, session: str) -> int | None:
+    async def earliest(self, session: str, *, slot: int) -> int | None:
         """The first seq that log or archive hold; the log's alone if the archive does not answer. Cancel-safe."""
         if self.shelves is not None:
             try:
@@ -104,7 +105,7 @@ class Cold:
                 archived = None
             if archived is not None:
                 return archived
-        first = await self._log.earliest(session)
+        first = await self._log.earliest(session, from_pos=self._log.released_pos(slot))
         return None if first is None else first[0]
 
 
