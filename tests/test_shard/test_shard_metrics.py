@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,9 @@ from fleetlm_common.ids import ShardName
 from fleetlm_common.rpc import Kind
 from fleetlm_shard.config import ShardConfig
 from fleetlm_shard.metrics import COUNTERS, GAUGES, PREFIX, Histograms, ShardCollector
+from fleetlm_shard.shard import Shard
 from tests.support.eventually import eventually
+from tests.support.movesrig import moves_rig, session_in
 from tests.support.rpcclient import RpcClient, draft, fragment
 from tests.support.shardrig import NAME, SLOTS, Rig, RigClock, shard_rig
 from tests.support.simdisk import SimVolume
@@ -47,6 +50,8 @@ STILL = {
             "archive_halted_slots",
         )
     },
+    "fleetlm_shard_held_writes_refused_total": "five seconds of waiting (test_moves.py)",
+    "fleetlm_shard_moves_failed_total": "a target that gives up (test_moves_faults.py)",
     "fleetlm_shard_log_marks_total": "an idle second, waited for below",
 }
 """What needs a fault that other tests make; named so that nothing is left out in silence."""
@@ -84,16 +89,51 @@ async def test_every_documented_metric_moves() -> None:
         rig.syncs.append(histograms.sync_seconds.observe)
 
         def scrape() -> None:
-            for family in text_string_to_metric_families(generate_latest(registry).decode()):
-                for sample in family.samples:
-                    seen[sample.name] = max(seen.get(sample.name, 0.0), sample.value)
+            _scrape(registry, seen)
 
         async with await rig.client() as client:
             await _live(rig, client, scrape)
         scrape()
+    await _moves(seen)
     moved = {name.removesuffix("_count") for name, value in seen.items() if value > 0}
     assert moved >= {f"{PREFIX}batch_records", f"{PREFIX}log_sync_seconds"}
     assert documented() - moved - set(STILL) == set()
+
+
+async def _moves(seen: dict[str, float]) -> None:
+    """A move, scraped at both ends, and the copy that it leaves is dropped."""
+    async with moves_rig(clean_after_s=0.0) as ring, await ring[0].client() as client:
+
+        def scrape() -> None:
+            for number in (0, 1):
+                registry = CollectorRegistry()
+                registry.register(ShardCollector(shard=partial(_shard_of, ring[number]), ready=lambda: True))
+                _scrape(registry, seen)
+
+        session = session_in(3)
+        await client.append(session, "before")
+        move = await ring.begin([3], 0, 1)
+        await ring.says(move, "Ready")
+        await ring.seal(move)
+        waiting = client.send(Kind.APPEND, rpc.encode(rpc.Append(1, session, [rpc.Entry([draft("waits")])])))
+        await client.info(session)
+        await ring.says(move, "Confirmed")
+        scrape()
+        await ring.commit(move)
+        await waiting
+        ring[0].shard.moves.clean()
+        await eventually(lambda: ring[0].shard.moves.released_slots > 0, "the copy at the source is dropped")
+        scrape()
+
+
+def _shard_of(rig: Rig) -> Shard:
+    return rig.shard
+
+
+def _scrape(registry: CollectorRegistry, seen: dict[str, float]) -> None:
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            seen[sample.name] = max(seen.get(sample.name, 0.0), sample.value)
 
 
 async def _live(rig: Rig, client: RpcClient, scrape: Callable[[], None]) -> None:

@@ -144,18 +144,7 @@ class Shard:
         self.holdings = rebuilt.holdings
         self.news = asyncio.Event()
         """Set when something must be announced at once."""
-        self.ownership = Ownership(
-            shard=ShardName(credentials.shard),
-            volume_id=credentials.volume_id,
-            control=world.control,
-            store_map=world.store_map,
-            open_slots=self._open_slots,
-            on_released=self._on_released,
-            on_map=self._on_map,
-            news=self.news.set,
-            holdings=self.holdings,
-            log=world.events,
-        )
+        self.ownership = self._make_ownership()
         self.sequencer = Sequencer(
             writes=self.writes,
             sessions=sessions,
@@ -191,6 +180,21 @@ class Shard:
             clock=world.clock,
             sleep=world.sleep,
             events=world.events,
+        )
+
+    def _make_ownership(self) -> Ownership:
+        world = self._world
+        return Ownership(
+            shard=ShardName(self.credentials.shard),
+            volume_id=self.credentials.volume_id,
+            control=world.control,
+            store_map=world.store_map,
+            open_slots=self._open_slots,
+            on_released=self._on_released,
+            on_map=self._on_map,
+            news=self.news.set,
+            holdings=self.holdings,
+            log=world.events,
         )
 
     def _make_moves(self, config: ShardConfig) -> Moves:

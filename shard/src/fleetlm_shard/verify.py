@@ -20,7 +20,7 @@ from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.framing import HEADER_BYTES, Hole, UnknownFormat
 from fleetlm_shard.identity import read_identity
 from fleetlm_shard.log_types import LogUnreadable
-from fleetlm_shard.records import Damaged, Message, Trimmed
+from fleetlm_shard.records import Damaged, Imported, Message, SessionImported, SlotsReleased, Trimmed
 from fleetlm_shard.segment_index import IndexMeta, MemoryIndex
 from fleetlm_shard.segments import LOG_FOLDER, Listing, checkpoint_path, index_path, parse_names, segment_path
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
@@ -112,6 +112,7 @@ class _Verification:
         self._progress = progress
         self._listing = Listing([], [], [], [], [])
         self._last: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, int] = {}
         self._at_checkpoint: dict[str, int] = {}
         self._known: list[Damaged] = []
         self._trim_pos = 0
@@ -292,6 +293,10 @@ class _Verification:
             return
         if isinstance(record, Message):
             self._message(link, pos, record)
+        elif isinstance(record, SessionImported):
+            self._state(link, pos, record)
+        elif isinstance(record, SlotsReleased):
+            self._release(frozenset(record.slots))
         elif isinstance(record, Damaged):
             self._known.append(record)
         elif isinstance(record, Trimmed):
@@ -301,13 +306,32 @@ class _Verification:
         self.report.messages += 1
         last_seq, last_pos = self._last.get(message.session, (0, 0))
         first_of_trimmed = not last_seq and self.report.from_pos > 0
-        if message.seq != last_seq + 1 and not first_of_trimmed:
+        # What is missing at the source of a move is missing here: only the order can be checked.
+        holes = isinstance(message, Imported) and message.seq > last_seq
+        if message.seq != last_seq + 1 and not first_of_trimmed and not holes:
             explained = any(each.from_pos >= last_pos and each.to_pos <= pos for each in self._known)
             if message.seq <= last_seq or not explained:
                 self._problem(link.path, f"session {message.session!r}: seq {message.seq} after {last_seq} at {pos}")
-        self._last[message.session] = (message.seq, pos)
+        self._take(message.session, message.seq, pos, message.slot)
+
+    def _state(self, link: Link, pos: int, state: SessionImported) -> None:
+        last_seq, _ = self._last.get(state.session, (0, 0))
+        if state.last_seq < last_seq:
+            words = f"session {state.session!r}: a move says that {state.last_seq} is its last seq, after {last_seq}"
+            self._problem(link.path, f"{words} at {pos}")
+        self._take(state.session, state.last_seq, pos, state.slot)
+
+    def _take(self, session: str, seq: int, pos: int, slot: int) -> None:
+        self._last[session] = (seq, pos)
+        self._slots[session] = slot
         if self._checkpoint is not None and pos < self._checkpoint.stored.pos:
-            self._at_checkpoint[message.session] = message.seq
+            self._at_checkpoint[session] = seq
+
+    def _release(self, slots: frozenset[int]) -> None:
+        """What stood before does not count any more."""
+        for session in [session for session in self._last if self._slots[session] in slots]:
+            del self._last[session], self._slots[session]
+            self._at_checkpoint.pop(session, None)
 
     # Indexes -------------------------------------------------------------------------------------------------------
 
