@@ -85,10 +85,13 @@ class Replay:
         """
         session = self._sessions.get(session_id)
         trim_pos = self._cold.trim_pos
-        if session.first_seq == 0 or (session.last_pos < trim_pos and self._cold.shelves is None):
-            return session.seq_durable + 1
-        if session.first_pos >= trim_pos:
-            return session.first_seq
+        # What a source trimmed before the session came here may be in the archive.
+        elsewhere = session.trimmed_seq > 0 and self._cold.shelves is not None
+        if not elsewhere:
+            if session.first_seq == 0 or (session.last_pos < trim_pos and self._cold.shelves is None):
+                return session.seq_durable + 1
+            if session.first_pos >= trim_pos:
+                return session.first_seq
         if session.earliest_trim_pos != trim_pos:
             earliest = await self._cold.earliest(session_id, slot=session.slot)
             session = self._sessions.get(session_id)
