@@ -264,6 +264,8 @@ class Sessions:
         if not session.changed:
             session.changed = True
             self._changed[session.id] = session
+        if self.watched:
+            self._tell_watcher(session)
 
     def created_durable(self, session: Session, *, pos: int, at_us: int, metadata: bytes) -> None:
         """The record of an explicit creation is on disk."""
@@ -288,9 +290,12 @@ class Sessions:
             session.changed = True
             self._changed[session.id] = session
         if self.watched:
-            note = self.watched.get(session.slot)
-            if note is not None:
-                note(session)
+            self._tell_watcher(session)
+
+    def _tell_watcher(self, session: Session) -> None:
+        note = self.watched.get(session.slot)
+        if note is not None:
+            note(session)
 
     # What a move brings (docs/moves.md): the target takes it in without keeping messages in memory.
 
