@@ -6,21 +6,52 @@ Must not be done here: playing nodes (`playednodes.py`), judging.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import aiohttp
+
 from fleetlm_common.kubeapi import KubeApi, Object
-from fleetlm_common.kubenames import RING_LABEL, SHARD_RINGS
-from fleetlm_operator.resources import PODS
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
+from fleetlm_operator.resources import (
+    CLAIMS,
+    DEPLOYMENTS,
+    DISRUPTION_BUDGETS,
+    NETWORK_POLICIES,
+    PODS,
+    ROLE_BINDINGS,
+    ROLES,
+    SECRETS,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    STATEFUL_SETS,
+)
 from tests.support.apiserver import NAMESPACES, ApiServer
 
 WAIT_S: Final = 60.0
 """Two cores that other tests share."""
+KINDS: Final = (
+    CLAIMS,
+    DEPLOYMENTS,
+    DISRUPTION_BUDGETS,
+    LEASES,
+    NETWORK_POLICIES,
+    PODS,
+    RING_MAPS,
+    ROLE_BINDINGS,
+    ROLES,
+    SECRETS,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    STATEFUL_SETS,
+)
+"""Everything that a ring has."""
 
 
 class World:
@@ -33,8 +64,10 @@ class World:
         self.folder = folder
         self.operators: list[asyncio.subprocess.Process] = []
 
-    async def operator(self, name: str, *, lease: str = "operator") -> asyncio.subprocess.Process:
-        """Start an operator for this namespace only."""
+    async def operator(
+        self, name: str, *, lease: str = "operator", version: str = "1.0.0", env: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start an operator for this namespace only, as administrator unless `env` says otherwise."""
         env = {
             **os.environ,
             **self.server.env,
@@ -43,7 +76,8 @@ class World:
             "FLEETLM_OPERATOR_NAMESPACES": self.namespace,
             "FLEETLM_OPERATOR_OPS_LISTEN": "127.0.0.1:0",
             "FLEETLM_OPERATOR_LEASE_NAME": lease,
-            "FLEETLM_OPERATOR_VERSION": "1.0.0",
+            "FLEETLM_OPERATOR_VERSION": version,
+            **(env or {}),
         }
         with (self.folder / f"{name}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
@@ -51,6 +85,20 @@ class World:
             )
         self.operators.append(process)
         return process
+
+    async def metrics(self, name: str = "one") -> dict[str, float]:
+        """The series of an operator that started, with their labels: `fleetlm_operator_rings{phase="Ready"}`."""
+
+        async def started() -> bool:
+            return '"event":"started"' in self.said(name)
+
+        await self.until(f"{name} listens", started)
+        lines = (json.loads(line) for line in self.said(name).splitlines() if '"event":"started"' in line)
+        port = [line["ops_port"] for line in lines][-1]
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = await answer.text()
+        rows = (line.rpartition(" ") for line in text.splitlines() if line.startswith("fleetlm_operator_"))
+        return {series: float(value) for series, _, value in rows}
 
     def said(self, name: str = "one") -> str:
         """What an operator logged."""
@@ -60,6 +108,34 @@ class World:
         """What `kubectl apply` of a ShardRing does."""
         body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": "demo"}}
         await self.api.apply(SHARD_RINGS, self.namespace, {**body, "spec": spec or {}}, manager="kubectl")
+
+    async def scale(self, replicas: int) -> None:
+        """What `kubectl scale sr` does: by the scale subresource."""
+        body: Object = {"spec": {"replicas": replicas}}
+        await self.api.merge(SHARD_RINGS, self.namespace, "demo", body, manager="kubectl", subresource="scale")
+
+    async def delete(self) -> None:
+        """What `kubectl delete sr` does."""
+        uid = (await self.ring())["metadata"]["uid"]
+        await self.api.delete(SHARD_RINGS, self.namespace, "demo", uid=uid)
+
+    async def left(self) -> set[str]:
+        """Kinds of what the ring has, or has left behind."""
+        found: set[str] = set()
+        for resource in KINDS:
+            listed = await self.api.list(resource, self.namespace, labels="app.kubernetes.io/instance=demo")
+            found |= {resource.kind for _ in listed.items}
+        return found
+
+    async def pods(self) -> set[str]:
+        """Uids of the ring's pods."""
+        found = await self.api.list(PODS, self.namespace, labels=f"{RING_LABEL}=demo")
+        return {pod["metadata"]["uid"] for pod in found.items}
+
+    async def message(self, kind: str) -> str:
+        """What a condition says to people."""
+        found: list[Object] = (await self.ring())["status"]["conditions"]
+        return str(next(each["message"] for each in found if each["type"] == kind))
 
     async def edit(self, spec: Object) -> None:
         """What `kubectl patch sr` does."""

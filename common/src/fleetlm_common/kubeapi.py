@@ -178,7 +178,7 @@ class KubeApi:
         return await self._ask("PATCH", path, query=query, body=body, content="application/apply-patch+yaml")
 
     async def merge(
-        self, resource: Resource, namespace: str, name: str, body: Object, *, manager: str, subresource: str = ""
+        self, resource: Resource, namespace: str | None, name: str, body: Object, *, manager: str, subresource: str = ""
     ) -> Object:
         """JSON merge patch; a resourceVersion in it is a precondition."""
         path = resource.path(namespace, name, subresource)
@@ -186,7 +186,7 @@ class KubeApi:
         return await self._ask("PATCH", path, query=query, body=body, content="application/merge-patch+json")
 
     async def delete(
-        self, resource: Resource, namespace: str, name: str, *, uid: str, propagation: str = "Background"
+        self, resource: Resource, namespace: str | None, name: str, *, uid: str, propagation: str = "Background"
     ) -> None:
         """Delete the object that has this uid; another one of that name stays (`ApiConflict`)."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": propagation}

@@ -1,0 +1,183 @@
+"""The operator under the rights that the chart gives it: they suffice, none is there without use, its metrics move."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from fleetlm_common.kubeapi import Object, Resource
+from fleetlm_common.kubenames import RING_LABEL, RING_MAPS
+from fleetlm_operator.resources import PODS, ROLE_BINDINGS, ROLES, SERVICE_ACCOUNTS
+from tests.support.apiserver import NAMESPACES, Asked
+from tests.support.helm import rendered
+from tests.support.operatorworld import KINDS, World
+from tests.support.playednodes import PlayedNodes
+
+pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(300)]
+
+CLUSTER_ROLES: Final = Resource("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles")
+CLUSTER_ROLE_BINDINGS: Final = Resource("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "clusterrolebindings")
+GRANTS: Final = (SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, CLUSTER_ROLES, CLUSTER_ROLE_BINDINGS)
+ACCOUNT: Final = "fleetlm-operator"
+HELD_TO_GRANT: Final = {("coordination.k8s.io", "leases", "update")}
+"""Rights that shards get and the operator itself does not use: Kubernetes lets it grant only what it holds."""
+Right = tuple[str, str, str]
+
+
+def rights_in(objects: list[Object]) -> set[Right]:
+    """What the roles of rings' namespaces, or of the whole cluster, allow: group, resource, verb."""
+    rules: list[dict[str, list[str]]] = [
+        rule
+        for each in objects
+        if each["kind"] in {"Role", "ClusterRole"} and not each["metadata"]["name"].endswith("-election")
+        for rule in each["rules"]
+    ]
+    return {
+        (group, resource, verb)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+class Installed:
+    """The chart's account and rights; the operator itself is a process of the test.
+
+    Args:
+        world: where rings are.
+        namespaced: whether rights are only in the rings' namespace.
+    """
+
+    def __init__(self, world: World, *, namespaced: bool) -> None:
+        self.world = world
+        self.namespace = f"{world.namespace[:50]}-system"
+        watch = ("--set", f"watch.namespaces={{{world.namespace}}}") if namespaced else ()
+        self.objects = rendered("helm", *watch, namespace=self.namespace)
+
+    async def grant(self, *, rings: bool) -> None:
+        """What may be done to rings, or what the operator needs for itself."""
+        for each in self.objects:
+            resource = next((kind for kind in GRANTS if kind.kind == each["kind"]), None)
+            own = resource == SERVICE_ACCOUNTS or each["metadata"]["name"].endswith("-election")
+            if resource is None or rings == own:
+                continue
+            namespace = each["metadata"].get("namespace")
+            await self.world.api.apply(resource, namespace, each, manager="helm")
+
+    async def start(self) -> None:
+        """An operator with a token of the account, in the chart's namespace."""
+        await self.world.api.create(NAMESPACES, None, {"metadata": {"name": self.namespace}})
+        await self.grant(rings=False)
+        tokens = Resource("v1", "TokenRequest", f"serviceaccounts/{ACCOUNT}/token")
+        body: Object = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+        token = (await self.world.api.create(tokens, self.namespace, body))["status"]["token"]
+        kubeconfig = self.world.server.kubeconfig(f"{self.namespace}-{ACCOUNT}", token)
+        container = next(each for each in self.objects if each["kind"] == "Deployment")["spec"]["template"]["spec"]
+        told = {each["name"]: each["value"] for each in container["containers"][0]["env"] if "value" in each}
+        mine = {"KUBECONFIG": str(kubeconfig), "FLEETLM_OPERATOR_POD_NAMESPACE": self.namespace}
+        await self.world.operator("one", env={**told, **mine, "FLEETLM_OPERATOR_VERSION": "1.0.0"})
+
+    def asked(self) -> list[Asked]:
+        """Everything that it asked so far."""
+        return self.world.server.asked_by(f"{self.namespace}:{ACCOUNT}")
+
+
+async def hint(world: World) -> None:
+    """Something happens to a pod of the ring, so that the operator looks at once."""
+    pods = (await world.api.list(PODS, world.namespace, labels=f"{RING_LABEL}=demo")).items
+    body: Object = {"metadata": {"annotations": {"look": pods[0]["metadata"]["resourceVersion"]}}}
+    await world.api.merge(PODS, world.namespace, pods[0]["metadata"]["name"], body, manager="person")
+
+
+async def every_child_is_lost(world: World) -> None:
+    """Each object that the operator makes is deleted, all but volumes, pods and the map; each comes back."""
+    for resource in KINDS:
+        if resource.kind in {"PersistentVolumeClaim", "Pod", "RingMap"}:
+            continue
+        found = (await world.api.list(resource, world.namespace, labels=f"{RING_LABEL}=demo")).items
+        assert found, resource.kind
+        for each in found:
+            metadata = each["metadata"]
+            await world.api.delete(resource, world.namespace, metadata["name"], uid=metadata["uid"])
+
+        async def back(kind: Resource = resource, before: Any = found) -> bool:
+            gone = {each["metadata"]["uid"] for each in before}
+            await hint(world)
+            now = (await world.api.list(kind, world.namespace, labels=f"{RING_LABEL}=demo")).items
+            return len(now) == len(before) and not gone & {each["metadata"]["uid"] for each in now}
+
+        await world.until(f"every {resource.kind} is back", back)
+    await world.until_reason("Progressing", "False/Settled")
+
+
+async def a_life(world: World) -> None:
+    """Everything that may happen to a ring, so that every right is needed."""
+    await world.make()
+    async with PlayedNodes(world.api, world.namespace) as nodes:
+        await world.until_reason("Progressing", "False/Settled")
+        await world.edit({"version": "2.0.0"})
+        await world.until_reason("Progressing", "False/Settled")
+        await world.edit({"version": "bad"})
+        await world.until_reason("Stalled", "True/ImageUnavailable")
+        await world.edit({"version": "3.0.0"})
+        await world.until_reason("Progressing", "False/Settled")
+        assert nodes.unready_at_once == 1
+        await every_child_is_lost(world)
+        await world.edit({"networkPolicy": {"enabled": False}, "gateway": {"replicas": 3}})
+        await world.until_reason("Progressing", "False/Settled")
+        await world.edit({"storage": {"size": "20Gi"}})
+        await world.until_reason("Progressing", "False/StorageNotExpandable")
+        await world.scale(4)
+
+        async def told() -> bool:
+            ring_map = await world.api.get(RING_MAPS, world.namespace, "demo")
+            return ring_map is not None and ring_map["spec"]["shards"] == 4
+
+        await world.until("the map's spec knows what is asked for", told)
+
+
+def documented() -> set[str]:
+    """Names of the operator's series, as the page has them."""
+    page = (Path(__file__).parents[2] / "docs" / "operations" / "metrics.md").read_text()
+    section = page.partition("\n## Operator on Kubernetes\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("namespaced", [True, False], ids=["namespaced", "clusterwide"])
+async def test_the_charts_rights_suffice_and_are_needed(world: World, namespaced: bool) -> None:
+    """A whole life of a ring: no request is forbidden, no right is unused, none reaches outside; every metric moves."""
+    installed = Installed(world, namespaced=namespaced)
+    await installed.start()
+
+    async def waits() -> bool:
+        return (await world.metrics()).get("fleetlm_operator_watch_restarts_total", 0) > 0
+
+    await world.until("without rights it waits, and says so", waits)
+    before = await world.metrics()
+    await installed.grant(rings=True)
+
+    async def watching() -> bool:
+        return len([each for each in installed.asked() if each.verb == "watch" and each.allowed]) >= 8
+
+    await world.until("it watches all kinds", watching)
+    begun = len(installed.asked())
+    await a_life(world)
+    asked = installed.asked()
+    assert not [each for each in asked[begun:] if not each.allowed]
+    used = {(each.group, each.resource, each.verb) for each in asked if each.allowed}
+    assert rights_in(installed.objects) - used - HELD_TO_GRANT == set()
+    if namespaced:
+        assert {each.namespace for each in asked[begun:]} == {world.namespace, installed.namespace}
+        assert not [each for each in installed.objects if each["kind"].startswith("Cluster")]
+    own = [each for each in asked if each.namespace == installed.namespace]
+    assert {(each.resource, each.name) for each in own} <= {("leases", ACCOUNT), ("leases", "")}
+    after = await world.metrics()
+    moved = {
+        re.sub(r"_(bucket|sum|count)$", "", name.partition("{")[0]) for name in after if after[name] != before.get(name)
+    }
+    assert documented() <= moved | {"fleetlm_operator_leader"}, "a documented series that never moves"
+    assert after["fleetlm_operator_leader"] == 1
