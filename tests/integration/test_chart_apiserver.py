@@ -1,27 +1,28 @@
-"""The chart's life at a real API server with real controllers, by Helm 3 and by Helm 4; pods are made and run nowhere."""
+"""The chart's life at a real API server with its controllers, by Helm 3 and Helm 4; pods are made, and run nowhere."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 import yaml
 
-from fleetlm_common.kubeapi import ApiError, KubeApi, Object, Resource
+from fleetlm_common.kubeapi import KubeApi, Object, Resource
 from fleetlm_common.kubenames import SHARD_RINGS
-from fleetlm_operator.resources import DEPLOYMENTS, PODS, ROLE_BINDINGS, SERVICES
+from fleetlm_operator.resources import DEPLOYMENTS, PODS, ROLE_BINDINGS, SERVICE_ACCOUNTS, SERVICES
 from tests.support.apiserver import CRDS, NAMESPACES, ApiServer, api_server
 from tests.support.helm import CHART, HELMS, HelmError, helm
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(1200)]  # Helm may have to be built first
 
 CLUSTER_ROLES: Final = Resource("rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles")
-PODS_S: Final = 30.0
+WAIT_S: Final = 60.0
+"""Two cores that other tests share."""
 RINGS: Final = "shardrings.fleetlm.io"
 
 
@@ -64,12 +65,20 @@ class Site:
         schema = found[0]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
         return field in schema["properties"]["spec"]["properties"]
 
-    async def pods(self) -> list[Object]:
-        """The operator's, as soon as the controllers made one: admission let it in."""
-        async with asyncio.timeout(PODS_S):
-            while not (found := (await self.api.list(PODS, self.namespace)).items):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.2)
-        return found
+    async def until(self, what: str, holds: Callable[[], Awaitable[bool]]) -> None:
+        """Wait for what another process does."""
+        end_s = asyncio.get_running_loop().time() + WAIT_S
+        while not await holds():
+            assert asyncio.get_running_loop().time() < end_s, f"not within {WAIT_S:g} s: {what}"
+            await asyncio.sleep(0.2)
+
+    async def until_pods(self, count: int) -> None:
+        """Wait for the operator's pods: the controllers made them and admission let them in."""
+
+        async def there() -> bool:
+            return len((await self.api.list(PODS, self.namespace)).items) == count
+
+        await self.until(f"{count} pods of the operator", there)
 
 
 @pytest.fixture(params=HELMS)
@@ -87,9 +96,11 @@ async def site(server: ApiServer, request: pytest.FixtureRequest) -> AsyncGenera
             await found.helm("uninstall", "fleetlm")
         for each in (await api.list(CRDS, None)).items:
             await api.delete(CRDS, None, each["metadata"]["name"], uid=each["metadata"]["uid"])
-        async with asyncio.timeout(PODS_S):
-            while (await api.list(CRDS, None)).items:  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.2)
+
+        async def gone() -> bool:
+            return not (await api.list(CRDS, None)).items
+
+        await found.until("the resources are gone", gone)
         await api.close()
 
 
@@ -109,7 +120,7 @@ async def test_a_release_from_install_to_uninstall(site: Site, tmp_path: Path) -
     said = await site.helm("install", "fleetlm", str(earlier_chart(tmp_path)), "--set", "ring.create=true")
     assert "was left out" in said
     assert "helm upgrade fleetlm" in said
-    assert len(await site.pods()) == 1
+    await site.until_pods(1)
     assert not await site.knows("logLevel")
     said = await site.helm("upgrade", "fleetlm", str(CHART), "--reuse-values", "--set", "operator.replicas=2")
     assert "wait --for=condition=Ready shardring/chat" in said
@@ -160,19 +171,19 @@ async def test_namespaced_without_cluster_rights(site: Site, server: ApiServer) 
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
     binding: Object = {"metadata": {"name": "team"}, "roleRef": role, "subjects": [account]}
     await site.api.create(ROLE_BINDINGS, site.namespace, binding)
-    tokens = Resource("v1", "TokenRequest", "serviceaccounts/default/token")
-    body: Object = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-    async with asyncio.timeout(PODS_S):
-        while (token := await _token(site, tokens, body)) is None:
-            await asyncio.sleep(0.2)
-    team = server.kubeconfig(site.namespace, token)
+
+    async def there() -> bool:
+        return await site.api.get(SERVICE_ACCOUNTS, site.namespace, "default") is not None
+
+    await site.until("the namespace has its account", there)
+    team = await server.account(site.api, site.namespace, "default")
     own = ("--set", "crds.install=false", "--set", f"watch.namespaces={{{site.namespace}}}")
     with pytest.raises(HelmError, match="forbidden"):
         await site.helm("install", "fleetlm", str(CHART), "--set", "crds.install=false", user=team)
     with contextlib.suppress(HelmError):
         await site.helm("uninstall", "fleetlm", user=team)
     await site.helm("install", "fleetlm", str(CHART), *own, user=team)
-    assert len(await site.pods()) == 1
+    await site.until_pods(1)
     await site.helm("upgrade", "fleetlm", str(CHART), *own, "--set", "operator.replicas=2", user=team)
     assert await site.replicas() == 2
     await site.helm("rollback", "fleetlm", "1", user=team)
@@ -180,28 +191,19 @@ async def test_namespaced_without_cluster_rights(site: Site, server: ApiServer) 
     assert await site.replicas() is None
 
 
-async def _token(site: Site, tokens: Resource, body: Object) -> str | None:
-    """A token of the account that a controller makes a moment after its namespace."""
-    try:
-        token: str = (await site.api.create(tokens, site.namespace, body))["status"]["token"]
-    except ApiError:
-        return None
-    return token
-
-
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
 async def test_helm_test_says_how_the_operator_is(site: Site, phase: str) -> None:
     """The hook's pod is admitted, and its end is Helm's."""
     await site.helm("install", "fleetlm", str(CHART), "--set", f"watch.namespaces={{{site.namespace}}}")
     running = asyncio.create_task(site.helm("test", "fleetlm", "--timeout", "60s"))
-    async with asyncio.timeout(PODS_S * 2):
-        while await site.api.get(PODS, site.namespace, "fleetlm-operator-test") is None and not running.done():
-            await asyncio.sleep(0.2)
+    hook = "fleetlm-operator-test"
+
+    async def there() -> bool:
+        return await site.api.get(PODS, site.namespace, hook) is not None
+
+    await site.until("the hook's pod is admitted", there)
     body: Object = {"status": {"phase": phase}}
-    if not running.done():
-        await site.api.merge(
-            PODS, site.namespace, "fleetlm-operator-test", body, manager="kubelet", subresource="status"
-        )
+    await site.api.merge(PODS, site.namespace, hook, body, manager="kubelet", subresource="status")
     if phase == "Succeeded":
         assert "Succeeded" in await running
     else:

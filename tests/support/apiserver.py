@@ -39,7 +39,7 @@ CRDS: Final = Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "c
 RECORDED: Final = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
-    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "omitStages": ["RequestReceived"],  # a watch is on record when it begins
     "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
 }
 """The audit policy: requests of pods' accounts, nothing of the controllers and the test."""
@@ -55,6 +55,8 @@ class Asked(NamedTuple):
     name: str
     allowed: bool
     """By RBAC; what admission refused was allowed."""
+    made: bool
+    """It made an object: an apply does, too, and needs both rights then."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -130,6 +132,13 @@ class ApiServer:
     async def api(self, *, port: int | None = None) -> KubeApi:
         """A connection as administrator; the caller closes it."""
         return await KubeApi.connect({"KUBECONFIG": str(self.kubeconfig("admin", ADMIN, port=port))}, agent="tests")
+
+    async def account(self, api: KubeApi, namespace: str, name: str) -> Path:
+        """A kubeconfig with a token of that ServiceAccount, which must be there."""
+        tokens = Resource("v1", "TokenRequest", f"serviceaccounts/{name}/token")
+        body: Object = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+        token = (await api.create(tokens, namespace, body))["status"]["token"]
+        return self.kubeconfig(f"{namespace}-{name}", token)
 
     async def start_etcd(self) -> None:
         """Start it; an API server reconnects by itself."""
@@ -227,6 +236,7 @@ class ApiServer:
                     namespace=reference.get("namespace", ""),
                     name=reference.get("name", ""),
                     allowed=entry["annotations"]["authorization.k8s.io/decision"] == "allow",
+                    made=entry.get("responseStatus", {}).get("code") == 201,
                 )
             )
         return found

@@ -21,6 +21,8 @@ from tests.cluster.binaries import PROGRAMS, build
 CHART: Final = Path(__file__).resolve().parents[2] / "charts" / "fleetlm"
 HELMS: Final = ("helm", "helm3")
 """`helm` is version 4."""
+KUBERNETES: Final = paths.KUBERNETES.removeprefix("v")
+"""What templates are rendered for: a Helm built from its module believes in one of long ago."""
 COMMAND_S: Final = 120.0
 """Longest command; a busy machine of two cores needs seconds."""
 
@@ -54,6 +56,8 @@ def helm(program: str, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 def rendered(program: str, *arguments: str, release: str = "fleetlm", namespace: str = "system") -> list[Object]:
     """What `helm template` makes of the chart, without the custom resources."""
-    text = helm(program, "template", release, str(CHART), "--namespace", namespace, *arguments)
+    text = helm(
+        program, "template", release, str(CHART), "--namespace", namespace, "--kube-version", KUBERNETES, *arguments
+    )
     found: list[dict[str, Any]] = [each for each in yaml.safe_load_all(text) if each]
     return [each for each in found if each["kind"] != "CustomResourceDefinition"]

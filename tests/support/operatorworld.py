@@ -187,11 +187,11 @@ class World:
 
 @asynccontextmanager
 async def world_in(server: ApiServer, folder: Path, namespace: str) -> AsyncGenerator[World]:
-    """A namespace of a test's own."""
+    """A namespace of a test's own, which takes `restricted` pods only."""
     api = await KubeApi.connect(server.env, agent="test")
-    await api.apply(
-        NAMESPACES, None, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}, manager="t"
-    )
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    metadata = {"name": namespace, "labels": labels}
+    await api.apply(NAMESPACES, None, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}, manager="t")
     world = World(api, server, namespace, folder)
     try:
         yield world

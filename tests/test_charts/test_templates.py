@@ -61,7 +61,10 @@ def made(program: str, name: str, folder: Path) -> list[Object]:
 @pytest.mark.parametrize("program", HELMS)
 @pytest.mark.parametrize("name", VALUES)
 def test_templates_are_the_golden_ones(program: str, name: str, tmp_path: Path) -> None:
-    """The same from both; a change here is a change of every installation (`python -m tests.test_charts.test_templates`)."""
+    """The same from both; a change here is a change of every installation.
+
+    `python -m tests.test_charts.test_templates` writes them anew.
+    """
     assert made(program, name, tmp_path) == list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text()))
 
 
@@ -118,5 +121,5 @@ async def test_the_test_hook_asks_the_operator(tmp_path: Path, *, ok: bool) -> N
 if __name__ == "__main__":
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for golden in VALUES:
-        text = yaml.safe_dump_all(made("helm", golden, Path("/tmp")), sort_keys=True, width=120)  # noqa: S108
+        text = yaml.safe_dump_all(made("helm", golden, Path("/tmp")), sort_keys=True, width=120)
         (GOLDEN / f"{golden}.yaml").write_text(text)

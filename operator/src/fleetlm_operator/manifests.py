@@ -165,7 +165,7 @@ def _access(ring: Ring, shards: int) -> list[Child]:
         "apiGroups": ["coordination.k8s.io"],
         "resources": ["leases"],
         "resourceNames": [shard_pod(ring.name, number) for number in range(shards)],
-        "verbs": ["get", "patch", "update"],
+        "verbs": ["patch"],
     }
     rules = {"shard": [*read, announce], "gateway": read}
     children: list[Child] = []
