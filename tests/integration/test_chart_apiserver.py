@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,7 @@ CLUSTER_ROLES: Final = Resource("rbac.authorization.k8s.io/v1", "ClusterRole", "
 WAIT_S: Final = 60.0
 """Two cores that other tests share."""
 RINGS: Final = "shardrings.fleetlm.io"
+_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,18 @@ class Site:
             assert asyncio.get_running_loop().time() < end_s, f"not within {WAIT_S:g} s: {what}"
             await asyncio.sleep(0.2)
 
+    async def leave(self) -> None:
+        """What the next test must not find: the release and the resources."""
+        with contextlib.suppress(HelmError):
+            await self.helm("uninstall", "fleetlm")
+        for each in (await self.api.list(CRDS, None)).items:
+            await self.api.delete(CRDS, None, each["metadata"]["name"], uid=each["metadata"]["uid"])
+
+        async def gone() -> bool:
+            return not (await self.api.list(CRDS, None)).items
+
+        await self.until("the resources are gone", gone)
+
     async def until_pods(self, count: int) -> None:
         """Wait for the operator's pods: the controllers made them and admission let them in."""
 
@@ -81,27 +96,28 @@ class Site:
         await self.until(f"{count} pods of the operator", there)
 
 
+@asynccontextmanager
+async def connected(server: ApiServer) -> AsyncGenerator[KubeApi]:
+    """As administrator."""
+    api = await server.api()
+    try:
+        yield api
+    finally:
+        await api.close()
+
+
 @pytest.fixture(params=HELMS)
 async def site(server: ApiServer, request: pytest.FixtureRequest) -> AsyncGenerator[Site]:
     """A namespace that takes only `restricted` pods; afterwards the resources are gone, for the next Helm."""
-    api = await server.api()
-    namespace = f"{request.node.name.removeprefix('test_').replace('_', '-').partition('[')[0][:40]}-{request.param}"
+    namespace = f"site-{next(_numbers)}-{request.param}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    await api.create(NAMESPACES, None, {"metadata": {"name": namespace, "labels": labels}})
-    found = Site(api, server, request.param, namespace)
-    try:
-        yield found
-    finally:
-        with contextlib.suppress(HelmError):
-            await found.helm("uninstall", "fleetlm")
-        for each in (await api.list(CRDS, None)).items:
-            await api.delete(CRDS, None, each["metadata"]["name"], uid=each["metadata"]["uid"])
-
-        async def gone() -> bool:
-            return not (await api.list(CRDS, None)).items
-
-        await found.until("the resources are gone", gone)
-        await api.close()
+    async with connected(server) as api:
+        await api.create(NAMESPACES, None, {"metadata": {"name": namespace, "labels": labels}})
+        found = Site(api, server, request.param, namespace)
+        try:
+            yield found
+        finally:
+            await found.leave()
 
 
 def earlier_chart(folder: Path) -> Path:
