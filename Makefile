@@ -44,7 +44,7 @@ test: setup ## every test but those marked `long` (make faults); what needs root
 	echo "tests marked 'e2e' (on a real Kubernetes) are left out; 'make e2e' runs them"; \
 	if [ "$$(id -u)" != 0 ]; then without="$$without and not root"; \
 	echo "not root: tests marked 'root' (full file systems on loop mounts) are left out; 'sudo make test' runs them"; fi; \
-	if $(APISERVER_HERE); then $(RUN)/python -m tests.cluster build etcd kube-apiserver kube-controller-manager || exit 1; \
+	if $(APISERVER_HERE); then $(RUN)/python -m tests.cluster build etcd kube-apiserver kube-controller-manager helm helm3 || exit 1; \
 	else without="$$without and not apiserver"; \
 	echo "no Go 1.26: tests marked 'apiserver' (a real Kubernetes API server, built from Go modules) are left out"; fi; \
 	$(RUN)/pytest -q $(PARALLEL) -m "$$without"
