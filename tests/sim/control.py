@@ -81,7 +81,7 @@ class SimControl:
         if self._weather.rng.random() < self._weather.lost_answers:
             raise ControlPlaneUnavailable("the answer was lost")
 
-    async def report(self, sentence: str) -> None:
+    async def report(self, sentence: str, *, reason: str = "", epoch: int = 0) -> None:
         """See `ControlPlane.report`."""
         await self._way()
-        await self._truth.report(sentence)
+        await self._truth.report(sentence, reason=reason, epoch=epoch)

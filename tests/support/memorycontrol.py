@@ -87,7 +87,7 @@ class MemoryControlPlane:
             raise MapConflict(expected=expected, found=found)
         self._show(View(self._view.spec, new, self._view.shards))
 
-    async def report(self, sentence: str) -> None:
+    async def report(self, sentence: str, *, reason: str = "", epoch: int = 0) -> None:
         """See `ControlPlane.report`."""
         self._answer()
         self.sentences.append(sentence)

@@ -15,6 +15,8 @@ from typing import Final
 from fleetlm_cli.ports import HOST
 from fleetlm_cli.supervisor import ChildSpec
 from fleetlm_cli.upfile import Up, UpProcess
+from fleetlm_common.control import RingSpec
+from fleetlm_common.ring import RingMap
 
 CONTROLLER: Final = "controller"
 FIRST_GATEWAY: Final = "gateway-0"
@@ -33,7 +35,8 @@ class Layout:
     """One `up`: its folder (absolute), how many of what, and the port of each listener by name."""
 
     folder: Path
-    shards: int
+    shard_names: tuple[str, ...]
+    """In the ring's order."""
     gateways: int
     ports: Mapping[str, int]
 
@@ -53,14 +56,9 @@ class Layout:
         return self.folder / "credential"
 
     @property
-    def shard_names(self) -> list[str]:
-        """In the ring's order."""
-        return [f"shard-{ordinal}" for ordinal in range(self.shards)]
-
-    @property
     def gateway_names(self) -> list[str]:
         """The first one is what clients know."""
-        return [f"gateway-{ordinal}" for ordinal in range(self.gateways)]
+        return gateway_names(self.gateways)
 
     def url(self, name: str) -> str:
         """Where a process serves (for a gateway: clients)."""
@@ -80,16 +78,27 @@ def ops_name(name: str) -> str:
     return f"{name} ops"
 
 
-def port_names(*, shards: int, gateways: int) -> list[str]:
+def gateway_names(count: int) -> list[str]:
+    """The first one is what clients know."""
+    return [f"gateway-{ordinal}" for ordinal in range(count)]
+
+
+def shards_to_run(spec: RingSpec, ring_map: RingMap | None) -> tuple[str, ...]:
+    """Shards that are asked for, and members that have not left yet, in the ring's order."""
+    names = [f"shard-{ordinal}" for ordinal in range(spec.shards)]
+    members = [] if ring_map is None else [member.name for member in ring_map.members]
+    return (*names, *(name for name in members if name not in names))
+
+
+def port_names(*, shards: tuple[str, ...], gateways: int) -> list[str]:
     """Every listener; the controller has an operations port only."""
-    layout = Layout(Path(), shards, gateways, {})
-    serving = [*layout.gateway_names, *layout.shard_names]
+    serving = [*gateway_names(gateways), *shards]
     return [*serving, *map(ops_name, [*serving, CONTROLLER])]
 
 
 def child_specs(layout: Layout, env: Mapping[str, str]) -> list[ChildSpec]:
     """Every process of `layout`, on top of the environment `env`."""
-    shards = [_shard(layout, env, name) for name in layout.shard_names]
+    shards = [shard_spec(layout, env, name) for name in layout.shard_names]
     gateways = [_gateway(layout, env, name) for name in layout.gateway_names]
     return [_controller(layout, env), *shards, *gateways]
 
@@ -104,7 +113,8 @@ def _gateway(layout: Layout, env: Mapping[str, str], name: str) -> ChildSpec:
     return _child(layout, env, name, module="fleetlm_gateway", own=own, stage=0, stop_s=GATEWAY_STOP_S)
 
 
-def _shard(layout: Layout, env: Mapping[str, str], name: str) -> ChildSpec:
+def shard_spec(layout: Layout, env: Mapping[str, str], name: str) -> ChildSpec:
+    """One shard's process."""
     own = {
         "NAME": name,
         "DATA": str(layout.data(name)),
@@ -136,7 +146,7 @@ def _child(
 
 
 def describe(layout: Layout, *, pid: int, pids: Mapping[str, int]) -> Up:
-    """What `up.json` says of these processes."""
+    """What `up.json` says of these processes, as far as they have been started."""
     gateways = [
         UpProcess(name, "gateway", pids[name], url=layout.url(name), ops_url=layout.ops_url(name))
         for name in layout.gateway_names
@@ -144,6 +154,7 @@ def describe(layout: Layout, *, pid: int, pids: Mapping[str, int]) -> Up:
     shards = [
         UpProcess(name, "shard", pids[name], ops_url=layout.ops_url(name), data=str(layout.data(name)))
         for name in layout.shard_names
+        if name in pids
     ]
     controller = UpProcess(CONTROLLER, "controller", pids[CONTROLLER], ops_url=layout.ops_url(CONTROLLER))
     url = layout.url(FIRST_GATEWAY)

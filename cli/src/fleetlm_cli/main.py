@@ -19,6 +19,7 @@ from fleetlm_cli import environment
 from fleetlm_cli.append import append
 from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
+from fleetlm_cli.move import move
 from fleetlm_cli.ring import ring
 from fleetlm_cli.sessions import sessions
 from fleetlm_cli.shards import shards
@@ -67,8 +68,9 @@ app.command()(up)
 app.command()(append)
 app.command()(tail)
 app.command()(sessions)
-app.command()(ring)
+app.command()(move)
 app.command()(verify)
+app.add_typer(ring, name="ring")
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 

@@ -1,4 +1,4 @@
-"""`fleetlm ring`: who owns what, and how each shard is.
+"""`fleetlm ring [watch]`: who owns what, what moves and how far it is, and how each shard is.
 
 Reads the control plane's files and asks each shard's admin API; nothing is changed.
 
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
 import aiohttp
 import msgspec
-from rich.console import Console
+import typer
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fleetlm_cli.exits import Exit, Failure
 from fleetlm_cli.show import Printer, printable
@@ -28,6 +32,8 @@ from fleetlm_common.ring import Move
 
 ASK_TIMEOUT_S: Final = 2.0
 """One question to a shard; a person waits."""
+WATCH_S: Final = 0.5
+"""Between two looks of `ring watch`."""
 WIDTH_PIPED: Final = 200
 """Columns where there is no terminal to ask."""
 MIB: Final = 1024 * 1024
@@ -69,6 +75,22 @@ class ShardRow(msgspec.Struct, frozen=True, kw_only=True):
     damaged: bool
 
 
+class MoveRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One move: the map's word, and its target's (`said` and what follows; "" when it says nothing)."""
+
+    id: str
+    slots: list[int]
+    source: str
+    target: str
+    state: str
+    said: str
+    done: int
+    total: int
+    behind: int
+    reason: str
+    message: str
+
+
 class RingView(msgspec.Struct, frozen=True, kw_only=True):
     """The whole answer, also as JSON."""
 
@@ -79,17 +101,58 @@ class RingView(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str | None
     said_at: str | None
     shards: list[ShardRow]
-    moves: list[Move]
+    moves: list[MoveRow]
+    cordoned: list[str]
+    pins: list[tuple[int, int, str]]
+    """First and last slot, and the shard that people want them on."""
 
 
-def ring(*, data: DataOption = DATA_DEFAULT, as_json: JsonOption = False) -> None:
-    """Show which shard owns which slots, and how each shard is."""
+ring = typer.Typer(help="Who owns what, what moves, and how each shard is.")
+
+
+@ring.callback(invoke_without_command=True)
+def show(context: typer.Context, *, data: DataOption = DATA_DEFAULT, as_json: JsonOption = False) -> None:
+    """Show which shard owns which slots, what moves, and how each shard is."""
+    if context.invoked_subcommand is not None:
+        return
     folder = data.absolute()
     found = asyncio.run(look(folder))
     if as_json:
         Printer(as_json=True).record(msgspec.to_builtins(found))
     else:
         _show(found, Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_PIPED))
+
+
+@ring.command()
+def watch(*, data: DataOption = DATA_DEFAULT, as_json: JsonOption = False) -> None:
+    """Show it again and again, until Ctrl-C; in a pipe a line for each change."""
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_watch(data.absolute(), as_json=as_json))
+
+
+async def _watch(folder: Path, *, as_json: bool) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_PIPED)
+    printer = Printer(as_json=as_json)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    shown: object = None
+    with live if live is not None else nullcontext():
+        while True:
+            found = await look(folder)
+            if live is not None:
+                live.update(_pictured(found), refresh=True)
+            elif as_json and shown != found:
+                printer.record(msgspec.to_builtins(found))
+                shown = found
+            elif not as_json and shown != (lines := _changes(found)):
+                printer.line("; ".join(lines))
+                shown = lines
+            await asyncio.sleep(WATCH_S)
+
+
+def _changes(found: RingView) -> list[str]:
+    """What is worth a line."""
+    slots = ", ".join(f"{row.name} {row.slots}" for row in found.shards if row.member)
+    return [f"epoch {found.epoch or 0}: {slots}", *map(_move_words, found.moves)]
 
 
 async def look(folder: Path) -> RingView:
@@ -114,7 +177,27 @@ async def look(folder: Path) -> RingView:
         sentence=None if status is None else status.sentence,
         said_at=None if status is None else status.at,
         shards=list(rows),
-        moves=[] if view.map is None else list(view.map.moves),
+        moves=[] if view.map is None else [_move(view, move) for move in view.map.moves],
+        cordoned=list(view.spec.cordoned),
+        pins=[(pin.first, pin.last, pin.shard) for pin in view.spec.pins],
+    )
+
+
+def _move(view: View, move: Move) -> MoveRow:
+    target = view.shards.get(move.target)
+    said = next((said for said in target.moves if said.id == move.id), None) if target is not None else None
+    return MoveRow(
+        id=move.id,
+        slots=list(move.slots),
+        source=move.source,
+        target=move.target,
+        state=move.state,
+        said="" if said is None else said.state,
+        done=0 if said is None else said.done,
+        total=0 if said is None else said.total,
+        behind=0 if said is None else said.behind,
+        reason="" if said is None else said.reason,
+        message="" if said is None else said.message,
     )
 
 
@@ -158,17 +241,29 @@ async def ask(http: aiohttp.ClientSession, endpoint: ShardEndpoint | None) -> An
 
 def _show(found: RingView, console: Console) -> None:
     """For people."""
+    console.print(_pictured(found))
+
+
+def _pictured(found: RingView) -> Group:
     epoch = "no map yet" if found.epoch is None else f"epoch {found.epoch}"
-    console.print(f"ring {printable(found.uid)}: {found.slots} slots, {epoch}")
+    lines = [f"ring {printable(found.uid)}: {found.slots} slots, {epoch}"]
     if found.sentence is not None:
-        console.print(f"controller, {found.said_at}: {printable(found.sentence)}")
+        lines.append(f"controller, {found.said_at}: {printable(found.sentence)}")
     table = Table("shard", "slots", "which (since epoch)", "state", "term", "log", box=None, pad_edge=False)
     for row in found.shards:
         which = ", ".join(f"{first}–{last} ({since})" for first, last, since in row.ranges)
         log = "" if row.log_bytes is None else f"{row.log_bytes / MIB:.1f} MiB{' damaged' if row.damaged else ''}"
         state = "ready" if row.ready else ": ".join(filter(None, [row.reason, printable(row.message)]))
+        state += " (cordoned)" if row.name in found.cordoned else ""
         term = "" if row.term is None else str(row.term)
         table.add_row(row.name, str(row.slots), which if row.member else "not a member", state, term, log)
-    console.print(table)
-    for move in found.moves:
-        console.print(f"move {move.id}: {len(move.slots)} slots {move.source} → {move.target}, {move.state}")
+    after = [_move_words(move) for move in found.moves]
+    after += [f"pinned: {first}–{last} to {shard}" for first, last, shard in found.pins]
+    return Group(*map(Text, lines), table, *map(Text, after))
+
+
+def _move_words(move: MoveRow) -> str:
+    said = f", {move.target} says {move.said}" if move.said else ""
+    far = f" {move.done}/{move.total} sessions" if move.total else ""
+    why = f" ({move.reason}{': ' * bool(move.message)}{printable(move.message)})" if move.reason else ""
+    return f"move {move.id}: {len(move.slots)} slots {move.source} → {move.target}, {move.state}{said}{far}{why}"

@@ -1,8 +1,9 @@
 """Keeps processes running: starts them, sees when they are ready, starts them again, stops them in order.
 
 Promise: a child that dies is started again (at once after it was ready, with growing pauses while it was not); five
-deaths in a row before ready, or a refused configuration, end everything with `GaveUp`. `stop` ends children stage by
-stage, each with SIGTERM and all the time that it may take, then SIGKILL. When `run` returns, no child is left.
+deaths in a row before ready, or a refused configuration, end everything with `GaveUp`. Children may come (`add`) and go
+(`remove`) meanwhile. `stop` ends children stage by stage, each with SIGTERM and all the time that it may take, then
+SIGKILL. When `run` returns, no child is left.
 Must not be done here: knowing what the children are (`children.py`), or talking to people (`say` does).
 """
 
@@ -14,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -94,6 +95,8 @@ class _Child:
     was_ready: bool = False
     deaths: int = 0
     told: str = ""
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+    """It is not to be started again."""
 
 
 class _Answer(msgspec.Struct):
@@ -124,12 +127,44 @@ class Supervisor:
         on_change: Callable[[], None],
         tie: Literal["signal", "pipe"] = _TIE,
     ) -> None:
-        self._children = [_Child(spec, ChildLog(log_folder / f"{spec.name}.log")) for spec in specs]
+        self._log_folder = log_folder
+        self._by_name = {spec.name: self._child(spec) for spec in specs}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._gave_up = asyncio.Event()
         self._say = say
         self._on_change = on_change
         self._tie = tie
         self._stopping = asyncio.Event()
         self.all_ready = False
+
+    @property
+    def _children(self) -> list[_Child]:
+        return list(self._by_name.values())
+
+    def _child(self, spec: ChildSpec) -> _Child:
+        return _Child(spec, ChildLog(self._log_folder / f"{spec.name}.log"))
+
+    def names(self) -> set[str]:
+        """Every child that is to run."""
+        return {child.spec.name for child in self._children if not child.ending.is_set()}
+
+    def add(self, spec: ChildSpec) -> None:
+        """One more child, while `run` runs; its name is free."""
+        assert spec.name not in self._by_name, spec.name
+        if not self._stopping.is_set():
+            child = self._by_name[spec.name] = self._child(spec)
+            child.log.skip_old()
+            self._launch(child)
+
+    async def remove(self, name: str) -> None:
+        """Stop a child for good, as `run` does at the end. Cancelled, the child still ends, with `run`."""
+        child = self._by_name[name]
+        child.ending.set()
+        await self._stop(child)
+        await asyncio.wait({self._keepers[name]})
+        if not self._stopping.is_set():
+            del self._by_name[name], self._keepers[name]
+            self._on_change()
 
     def pids(self) -> dict[str, int]:
         """The pid of each child that was started, by name."""
@@ -153,29 +188,40 @@ class Supervisor:
         for child in self._children:
             child.log.skip_old()
         logs = asyncio.create_task(self._follow_logs())
-        keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
-        stopped = asyncio.create_task(stop.wait())
+        for child in self._children:
+            self._launch(child)
+        ends = [asyncio.create_task(event.wait()) for event in (stop, self._gave_up)]
         try:
-            await asyncio.wait([*keepers, stopped], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             in_time = await self._stop_all()
-            await asyncio.wait(keepers)
+            await asyncio.wait(self._keepers.values())
         finally:
             self._kill_all()
-            for task in (logs, stopped, *keepers):
+            tasks = (logs, *ends, *self._keepers.values())
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(logs, stopped, *keepers, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._reap()
             self._tell_news()
-        for keeper in keepers:
+        for keeper in self._keepers.values():
             keeper.result()
         return in_time
 
+    def _launch(self, child: _Child) -> None:
+        keeper = self._keepers[child.spec.name] = asyncio.create_task(self._keep(child))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                self._gave_up.set()
+
+        keeper.add_done_callback(ended)
+
     async def _keep(self, child: _Child) -> None:
         """Start a child again and again until it is to stop."""
-        while not self._stopping.is_set():
+        while not child.ending.is_set():
             child.ready = child.was_ready = False
             process = child.process = await self._start(child)
-            if self._stopping.is_set():  # `_stop_all` has not seen this one, and it has done nothing yet
+            if child.ending.is_set():  # `_stop_all` has not seen this one, and it has done nothing yet
                 process.kill()
                 await process.wait()
                 return
@@ -187,12 +233,12 @@ class Supervisor:
                 probe.cancel()
                 await asyncio.gather(probe, return_exceptions=True)
             child.ready = False
-            if self._stopping.is_set():
+            if child.ending.is_set():
                 return
             self._count(child, status)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_backoff_s(child.deaths)):
-                    await self._stopping.wait()
+                    await child.ending.wait()
 
     def _count(self, child: _Child, status: int) -> None:
         """Reaching ready forgives every death before it."""
@@ -268,7 +314,7 @@ class Supervisor:
 
     async def _stop_all(self) -> bool:
         """Stage by stage: those who send work first, those who keep it last."""
-        self._stopping.set()
+        self._end_all()
         in_time = True
         for stage in sorted({child.spec.stage for child in self._children}):
             children = [child for child in self._children if child.spec.stage == stage]
@@ -291,8 +337,13 @@ class Supervisor:
             return False
         return True
 
-    def _kill_all(self) -> None:
+    def _end_all(self) -> None:
         self._stopping.set()
+        for child in self._children:
+            child.ending.set()
+
+    def _kill_all(self) -> None:
+        self._end_all()
         for child in self._children:
             if child.process is not None and child.process.returncode is None:
                 with suppress(ProcessLookupError):

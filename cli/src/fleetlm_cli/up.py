@@ -24,12 +24,13 @@ import typer
 
 from fleetlm_cli import folder as folders
 from fleetlm_cli import ports, upfile
-from fleetlm_cli.children import FIRST_GATEWAY, Layout, child_specs, describe, port_names
+from fleetlm_cli.children import FIRST_GATEWAY, Layout, child_specs, describe, port_names, shards_to_run
 from fleetlm_cli.exits import Exit, Failure
+from fleetlm_cli.following import Follower
 from fleetlm_cli.supervisor import EXIT_CONFIG, GaveUp, Supervisor, status_text
 from fleetlm_cli.target import DATA_DEFAULT
 from fleetlm_common.control import ControlPlaneUnavailable, RingSpec
-from fleetlm_common.filecontrol import create_ring
+from fleetlm_common.filecontrol import FileControlPlane, create_ring
 from fleetlm_common.ring import SHARDS_MAX
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
 
@@ -79,14 +80,14 @@ def _prepare(folder: Path, *, port: int | None, shards: int | None, gateways: in
     entropy = random.Random()
     remembered = ports.load(folder)
     client_port = ports.client_port(wanted=port, remembered=remembered.get(FIRST_GATEWAY), entropy=entropy)
-    spec = _ring(folder, shards=shards, slots=slots)
+    names = _shards(folder, _ring(folder, shards=shards, slots=slots))
     chosen = ports.choose(
-        port_names(shards=spec.shards, gateways=gateways),
+        port_names(shards=names, gateways=gateways),
         chosen={FIRST_GATEWAY: client_port},
         remembered=remembered,
         entropy=entropy,
     )
-    layout = Layout(folder, spec.shards, gateways, chosen)
+    layout = Layout(folder, names, gateways, chosen)
     try:
         ports.save(folder, chosen)
         folders.make_credential(layout.credential)
@@ -112,20 +113,32 @@ def _ring(folder: Path, *, shards: int | None, slots: int | None) -> RingSpec:
         )
     if shards is not None and shards != spec.shards:
         _say(
-            f"--shards {shards} is held: the ring in {folder} has {spec.shards} shards, and slots cannot move yet; "
-            f"starting its {spec.shards}"
+            f"the ring in {folder} has {spec.shards} shards, and --shards is for new ones; starting its {spec.shards} "
+            f"(`fleetlm shards scale {shards}` changes that)"
         )
     return spec
 
 
+def _shards(folder: Path, spec: RingSpec) -> tuple[str, ...]:
+    """Those that are asked for, and members that have not left yet."""
+    try:
+        view = asyncio.run(FileControlPlane(folder / "control").read())
+    except ControlPlaneUnavailable as error:
+        raise Failure(f"cannot use the ring in {folder}: {error}") from error
+    return shards_to_run(spec, view.map)
+
+
 async def _run(layout: Layout) -> Exit:
     """Start, supervise, stop; a second signal ends everything at once."""
-    _say(f"starting {_count(layout.shards, 'shard')}, {_count(layout.gateways, 'gateway')} and a controller")
+    _say(f"starting {_count(len(layout.shard_names), 'shard')}, {_count(layout.gateways, 'gateway')} and a controller")
     stop = asyncio.Event()
-    board = _Board(layout)
+    board = _Board()
     supervisor = Supervisor(child_specs(layout, os.environ), log_folder=layout.logs, say=_say, on_change=board.update)
+    board.follower = Follower(layout, supervisor, env=os.environ, say=_say)
     board.supervisor = supervisor
     work = asyncio.create_task(supervisor.run(stop))
+    follow = asyncio.create_task(board.follower.run())
+    follow.add_done_callback(_follow_ended)
     _on_signals(lambda: _interrupt(stop, work))
     try:
         in_time = await work
@@ -135,6 +148,7 @@ async def _run(layout: Layout) -> Exit:
     except GaveUp as gave_up:
         raise _failure(gave_up, layout) from gave_up
     finally:
+        follow.cancel()
         with suppress(OSError):
             upfile.remove(layout.folder)
     _say("stopped")
@@ -144,23 +158,30 @@ async def _run(layout: Layout) -> Exit:
 class _Board:
     """Says what runs: `up.json` at each change once everything was ready, and the banner the first time."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self) -> None:
         self._welcomed = False
         self.supervisor: Supervisor | None = None
+        self.follower: Follower | None = None
 
     def update(self) -> None:
         """A child was started, or all are ready for the first time."""
-        if self.supervisor is None or not self.supervisor.all_ready:
+        if self.supervisor is None or self.follower is None or not self.supervisor.all_ready:
             return
-        found = describe(self._layout, pid=os.getpid(), pids=self.supervisor.pids())
+        layout = self.follower.layout
+        found = describe(layout, pid=os.getpid(), pids=self.supervisor.pids())
         try:
-            upfile.write(self._layout.folder, found)
+            upfile.write(layout.folder, found)
         except OSError as error:
-            _say(f"cannot write {self._layout.folder / upfile.UP_FILE}: {error.strerror}")
+            _say(f"cannot write {layout.folder / upfile.UP_FILE}: {error.strerror}")
         if not self._welcomed:
             self._welcomed = True
-            _print(_banner(self._layout, found), stream=sys.stdout)
+            _print(_banner(layout, found), stream=sys.stdout)
+
+
+def _follow_ended(task: asyncio.Task[None]) -> None:
+    """It ends by cancellation only; what runs goes on running without it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _say(f"processes no longer follow the ring ({error!r}): restart `up` before changing the number of shards")
 
 
 def _on_signals(interrupt: Callable[[], None]) -> None:
@@ -197,8 +218,9 @@ def _banner(layout: Layout, found: upfile.Up) -> str:
     data = "" if default else f" --data {shlex.quote(str(layout.folder))}"
     own = Path(sys.argv[0])  # not on the PATH when `make up` started it from an environment that is not active
     command = shlex.quote(str(own)) if own.name == "fleetlm" and shutil.which("fleetlm") is None else "fleetlm"
+    shards = _count(len(layout.shard_names), "shard")
     return f"""
-FleetLM is ready: {_count(layout.shards, "shard")}, {_count(layout.gateways, "gateway")}, on this machine only.
+FleetLM is ready: {shards}, {_count(layout.gateways, "gateway")}, on this machine only.
 
   WebSocket  {found.websocket_url}
   REST       {found.url}/v1

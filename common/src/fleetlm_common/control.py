@@ -152,6 +152,6 @@ class ControlPlane(Protocol):
 class ControllerPlane(ControlPlane, Protocol):
     """What a controller without an operator around it needs besides (the operator writes a status of its own)."""
 
-    async def report(self, sentence: str) -> None:
-        """Leave the controller's one sentence of what it did where people look (status)."""
+    async def report(self, sentence: str, *, reason: str = "", epoch: int = 0) -> None:
+        """Leave the controller's sentence where people look (status), with its stable reason and the map's epoch."""
         ...

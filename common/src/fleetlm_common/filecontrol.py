@@ -66,10 +66,12 @@ T = TypeVar("T")
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What the controller last said, and when (RFC 3339)."""
+    """What the controller last said, and when (RFC 3339); `reason` and `epoch` are for programs that wait for it."""
 
     sentence: str
     at: str
+    reason: str = ""
+    epoch: int = 0
 
 
 def create_ring(folder: Path, spec: RingSpec) -> RingSpec:
@@ -117,6 +119,29 @@ def change_ring(folder: Path, change: Callable[[RingSpec], RingSpec]) -> RingSpe
             if wanted != found:
                 _replace(folder / SPEC_FILE, msgspec.json.encode(wanted))
             return wanted
+    except OSError as error:
+        raise _unavailable(folder, error) from error
+
+
+def forget_shard(folder: Path, name: ShardName) -> bool:
+    """Remove the announcement of a shard whose process has ended, unless it is a member (again).
+
+    What it said of its volume would bind it to that when it joins once more. Blocks on the disk.
+
+    Returns:
+        False if it is a member: its announcement stays.
+
+    Raises:
+        ControlPlaneUnavailable: the folder cannot be read or written.
+    """
+    try:
+        with _locked(folder):
+            current = _parsed(folder, MAP_FILE, RingMap)
+            if current is not None and current.member(name) is not None:
+                return False
+            (folder / SHARDS_FOLDER / f"{name}.json").unlink(missing_ok=True)
+            _sync_folder(folder / SHARDS_FOLDER)
+            return True
     except OSError as error:
         raise _unavailable(folder, error) from error
 
@@ -199,9 +224,9 @@ class FileControlPlane:
             raise ValueError(f"the map after epoch {expected} cannot have epoch {new.epoch}")
         await self._change(lambda: _swap(self._folder, expected=expected, new=new))
 
-    async def report(self, sentence: str) -> None:
+    async def report(self, sentence: str, *, reason: str = "", epoch: int = 0) -> None:
         """Replace `status.json`."""
-        status = Status(sentence, iso_utc(self._clock.now_us()))
+        status = Status(sentence, iso_utc(self._clock.now_us()), reason, epoch)
         await self._change(lambda: _replace(self._folder / STATUS_FILE, msgspec.json.encode(status)))
 
     async def close(self) -> None:
@@ -254,7 +279,11 @@ def _merge(seen: _Seen, looked: _Looked) -> _Seen:
     ring_map = None if good is None else good.map
     if looked.map != seen.raw_map:
         ring_map = _merged_map(ring_map, looked.map, spec)
-    shards = _merged_shards({} if good is None else good.shards, looked.shards)
+    members = set() if ring_map is None else {member.name for member in ring_map.members}
+    # An announcement that was taken away (`forget_shard`) is forgotten, except a member's, which nobody takes away.
+    known = {} if good is None else good.shards
+    known = {name: said for name, said in known.items() if name in members or name in looked.shards}
+    shards = _merged_shards(known, looked.shards)
     return _Seen(View(spec, ring_map, shards), looked.map)
 
 
@@ -352,6 +381,7 @@ def _look(folder: Path, *, known_map: bytes | None) -> _Looked:
         _sync_folder(folder)
     shards: dict[str, bytes] = {}
     for path in sorted((folder / SHARDS_FOLDER).glob("*.json"))[:SHARDS_MAX]:
+        shards[path.stem] = b""
         with suppress(OSError):  # one announcement that cannot be read does not hide the others
             shards[path.stem] = _read_file(path) or b""
     return _Looked(_read_file(folder / SPEC_FILE), raw_map, shards)

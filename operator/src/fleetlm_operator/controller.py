@@ -47,7 +47,7 @@ class Controller:
         self._metrics = metrics
         self._clock = clock
         self._said: str | None = None
-        self._reported: str | None = None
+        self._reported: tuple[str, int] | None = None
         self._memory = NO_MEMORY
         self._again_s: float | None = None
         self._health = Health(ok=False, reason="Starting", message="has not seen the control plane yet")
@@ -119,9 +119,10 @@ class Controller:
         self._again_s = decision.again_s
         self._health = Health(ok=True, reason=decision.reason, message=decision.sentence)
         self._say(decision.reason, decision.sentence, warn=decision.reason in _WARNINGS)
-        if self._reported != decision.sentence:
-            await self._control.report(decision.sentence)
-            self._reported = decision.sentence
+        epoch = 0 if (newest := decision.new_map or view.map) is None else newest.epoch
+        if self._reported != (decision.sentence, epoch):
+            await self._control.report(decision.sentence, reason=decision.reason, epoch=epoch)
+            self._reported = (decision.sentence, epoch)
         return True
 
     def _say(self, reason: str, sentence: str, *, warn: bool) -> None:
