@@ -185,7 +185,7 @@ async def test_verify_of_no_volume_is_usage(tmp_path: Path) -> None:
 async def test_every_command_explains_itself() -> None:
     """`--help` of each; an unknown option is usage."""
     listed = await fleetlm("--help")
-    commands = ("up", "append", "tail", "sessions", "ring", "verify", "shards", "bench")
+    commands = ("up", "append", "tail", "sessions", "ring", "move", "verify", "shards", "bench")
     for command, shown in zip(
         commands, await asyncio.gather(*(fleetlm(each, "--help") for each in commands)), strict=True
     ):

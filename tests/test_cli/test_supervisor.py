@@ -298,3 +298,34 @@ async def test_the_pipe_ties_as_well(stage: Stage) -> None:
         stage.stop.set()
         assert await work
     assert stage.events() == ["shard-0 start", "shard-0 term", "shard-0 end"]
+
+
+async def test_children_come_and_go_while_others_run(stage: Stage) -> None:
+    """One that is removed gets all the time that it may take, is not started again and is no more; the rest stays."""
+    stage.add("shard-0")
+    async with ready(stage):
+        assert stage.supervisor is not None
+        kept = stage.pid("shard-0")
+        stage.add("shard-1", "slow")
+        stage.supervisor.add(stage.specs[-1])
+        await until(lambda: stage.ready("shard-1"))
+        assert stage.supervisor.names() == {"shard-0", "shard-1"}
+        changes = stage.changes
+        await stage.supervisor.remove("shard-1")
+        assert stage.events("shard-1") == ["shard-1 start", "shard-1 term", "shard-1 end"]
+        assert stage.supervisor.names() == set(stage.supervisor.pids()) == {"shard-0"}
+        assert stage.changes > changes
+        stage.supervisor.add(stage.specs[-1])
+        await until(lambda: stage.ready("shard-1"))
+        assert stage.pid("shard-0") == kept
+
+
+async def test_one_that_came_later_is_stopped_with_the_others(stage: Stage) -> None:
+    """And one that keeps dying is given up like those of the beginning."""
+    stage.add("shard-0")
+    async with ready(stage) as work:
+        assert stage.supervisor is not None
+        stage.add("shard-1", "die")
+        stage.supervisor.add(stage.specs[-1])
+        with pytest.raises(GaveUp, match="shard-1"):
+            await work

@@ -27,7 +27,7 @@ from fleetlm_common.control import (
     RingSpec,
     View,
 )
-from fleetlm_common.filecontrol import FileControlPlane, change_ring, create_ring, read_status
+from fleetlm_common.filecontrol import FileControlPlane, change_ring, create_ring, forget_shard, read_status
 from fleetlm_common.ids import Epoch, ShardName, Slot
 from fleetlm_common.ring import encode
 from tests.support.memorycontrol import MemoryControlPlane
@@ -384,3 +384,17 @@ async def test_changes_of_the_spec_do_not_lose_each_other(folder: Path) -> None:
     await asyncio.gather(*(asyncio.to_thread(pin, number) for number in range(6)))
     found = await FileControlPlane(folder).read()
     assert sorted(one.first for one in found.spec.pins) == list(range(6))
+
+
+async def test_what_a_shard_announced_can_be_taken_back(folder: Path, plane: FileControlPlane) -> None:
+    """Its volume may be another one when it comes again; a member's announcement stays, whoever asks."""
+    await plane.announce(endpoint(1))
+    await plane.announce(msgspec.structs.replace(endpoint(1), name=ShardName("shard-5")))
+    assert (await plane.read()).shards.keys() == {NAMES[0], "shard-5"}
+    await plane.compare_and_swap(expected=None, new=ring_map(1))
+    assert forget_shard(folder, ShardName("shard-5"))
+    assert not forget_shard(folder, NAMES[0])
+    assert forget_shard(folder, ShardName("shard-9"))
+    assert (await plane.read()).shards.keys() == {NAMES[0]}
+    (folder / "shards" / "shard-0.json").unlink()
+    assert (await plane.read()).shards.keys() == {NAMES[0]}, "a member that is known is not forgotten"
