@@ -49,6 +49,8 @@ class Follower:
             await self._follow(view)
 
     async def _follow(self, view: View) -> None:
+        if self._supervisor.stopping:
+            return
         wanted = shards_to_run(view.spec, view.map)
         running = {name for name in self._supervisor.names() if name.startswith(SHARD_PREFIX)}
         new = [name for name in wanted if name not in running]

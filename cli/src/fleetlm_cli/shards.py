@@ -78,7 +78,8 @@ def scale(
         took_ms = round((time.monotonic() - began_s) * 1000)
         printer.record({"shards": count, "waited": wait, "took_ms": took_ms, "deleted": deleted})
     else:
-        what = f"there are {count} shards" if wait else f"there shall be {count} shards"
+        number = "1 shard" if count == 1 else f"{count} shards"
+        what = f"the ring has {number}" if wait else f"the ring shall have {number}"
         printer.line("; ".join([what, *(f"deleted {path}" for path in deleted)]))
 
 

@@ -144,9 +144,14 @@ class Supervisor:
     def _child(self, spec: ChildSpec) -> _Child:
         return _Child(spec, ChildLog(self._log_folder / f"{spec.name}.log"))
 
+    @property
+    def stopping(self) -> bool:
+        """Whether all children are being stopped."""
+        return self._stopping.is_set()
+
     def names(self) -> set[str]:
-        """Every child that is to run."""
-        return {child.spec.name for child in self._children if not child.ending.is_set()}
+        """Every child, also one that is being stopped."""
+        return set(self._by_name)
 
     def add(self, spec: ChildSpec) -> None:
         """One more child, while `run` runs; its name is free."""
