@@ -165,6 +165,31 @@ def test_a_writers_order_is_kept() -> None:
     assert kinds(history) == {"reordered"}
 
 
+def asked_again(*, seq: int, deduped: bool) -> History:
+    """One writer: `a` acknowledged, `b` given up, `c` acknowledged, `b` asked again and acknowledged at `seq`."""
+    history = History()
+    acked(history, "w", "a", seq=2)
+    history.unknown(history.invoke("w", "s", [("b", content("b"))]))
+    acked(history, "w", "c", seq=3)
+    again = history.invoke("w", "s", [("b", content("b"))], again=True)
+    history.ack(again, [Acked(seq, "id-b", deduped=deduped)])
+    places = {2: "a", 3: "c", seq: "b"}
+    history.unknown(history.invoke("x", "s", [("other", content("other"))]))
+    history.final("s", [entry(at, places.get(at, "other")) for at in range(1, 5)])
+    return history
+
+
+def test_what_was_given_up_may_land_later_but_never_earlier() -> None:
+    """Nothing overtakes what its writer had asked before; what the second asking made stands where that was."""
+    assert kinds(asked_again(seq=4, deduped=True)) == set()
+    assert kinds(asked_again(seq=4, deduped=False)) == set()
+    assert kinds(asked_again(seq=1, deduped=True)) == {"reordered"}
+    history = asked_again(seq=4, deduped=False)
+    acked(history, "w", "d", seq=1)
+    history.final("s", [entry(1, "d"), entry(2, "a"), entry(3, "c"), entry(4, "b")])
+    assert kinds(history) == {"reordered"}
+
+
 def test_time_is_kept_between_writers() -> None:
     """Asked after another writer's append was acknowledged, and stands before it."""
     history = History()

@@ -7,6 +7,7 @@ Must not be done here: choosing faults (`nemesis.py`).
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fleetlm_shard.lanes import Lanes
 from tests.sim.loop import SimProcess
@@ -24,23 +25,39 @@ from tests.support.simdisk import Entry, Loss, Page, SimVolume, Unit
 T = TypeVar("T")
 
 
+DELAY_S_MAX = 2.5
+"""What a piece of work may take on the worst of disks: what began before the healing is over soon after it."""
+
+
 @dataclass
 class Drive:
     """One shard's volume with its mood.
 
     Attributes:
-        latency_s: of a piece of work.
+        usual_latency_s: of a piece of work, when the disk is well.
+        latency_s: of a piece of work now.
         crash_in: operations until the process that does the last one dies.
         freeze_in: operations of the writer until it stands still inside a batch.
+        freeze_writes_only: only before a write: what the batch holds is not even in the cache then.
         fail_sync_in: syncs until one fails.
+        fail_writer_only: only syncs of batches count for that.
+        power_in: operations until the machine loses its power.
+        frozen: told which process stands still inside a batch.
+        lose_power: what ends everything on the machine.
     """
 
     volume: SimVolume
     rng: random.Random
+    usual_latency_s: float = 0.0008
     latency_s: float = 0.0008
     crash_in: int | None = None
     freeze_in: int | None = None
+    freeze_writes_only: bool = False
     fail_sync_in: int | None = None
+    fail_writer_only: bool = False
+    writing: bool = False
+    power_in: int | None = None
+    lose_power: Callable[[], None] = lambda: None
     frozen: Callable[[SimProcess], None] = lambda _: None
     processes: dict[str, SimProcess] = field(default_factory=dict[str, SimProcess])
 
@@ -48,9 +65,16 @@ class Drive:
         """Watch every operation."""
         self.volume.hooks.append(self._on_op)
 
+    def calm(self) -> None:
+        """No fault is pending any more."""
+        self.crash_in = self.freeze_in = self.fail_sync_in = self.power_in = None
+        self.latency_s = self.usual_latency_s
+        self.volume.capacity_bytes = 1 << 40
+
     def delay_s(self) -> float:
         """Of one piece of work."""
-        return self.latency_s * (0.2 + self.rng.random() * 1.6) * (15 if self.rng.random() < 0.01 else 1)
+        delay_s = self.latency_s * (0.2 + self.rng.random() * 1.6) * (15 if self.rng.random() < 0.01 else 1)
+        return min(delay_s, DELAY_S_MAX)
 
     def _on_op(self, op: Op) -> None:
         process = self.processes.get(op.process)
@@ -59,25 +83,30 @@ class Drive:
         if process.dead:
             raise SimCrash(f"{op.process} is dead")
         baton = _BATON.get(threading.get_ident())
-        if self.freeze_in is not None and baton is not None:
-            self.freeze_in -= 1
-            if self.freeze_in <= 0:
-                self.freeze_in = None
-                process.loop.trace.add(process.name, "freeze_at", f"{op.name} {op.path}")
-                baton.pause()
-        if self.crash_in is not None:
-            self.crash_in -= 1
-            if self.crash_in <= 0:
-                self.crash_in = None
-                process.loop.trace.add(process.name, "crash_at", f"{op.name} {op.path}")
-                process.kill()
-                raise SimCrash(f"{op.process} killed before {op.name} {op.path}")
-        if op.name == "sync" and self.fail_sync_in is not None:
-            self.fail_sync_in -= 1
-            if self.fail_sync_in <= 0:
-                self.fail_sync_in = None
-                process.loop.trace.add(process.name, "sync_fails", op.path)
-                raise OSError(errno.EIO, os.strerror(errno.EIO), op.path)
+        may_freeze = baton is not None and (op.name.startswith("pwrite") or not self.freeze_writes_only)
+        if baton is not None and may_freeze and self._counted("freeze_in", process, op):
+            baton.pause()
+        if self._counted("crash_in", process, op):
+            process.kill()
+        if self._counted("power_in", process, op):
+            self.lose_power()
+        if process.dead:
+            raise SimCrash(f"{op.process} ended before {op.name} {op.path}")
+        counts = op.name == "sync" and (self.writing or not self.fail_writer_only)
+        if counts and self._counted("fail_sync_in", process, op):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), op.path)
+
+    def _counted(
+        self, what: Literal["crash_in", "freeze_in", "power_in", "fail_sync_in"], by: SimProcess, op: Op
+    ) -> bool:
+        """Count one down; whether this is the operation."""
+        left: int | None = getattr(self, what)
+        if left is None:
+            return False
+        setattr(self, what, left - 1 if left > 1 else None)
+        if left <= 1:
+            by.loop.trace.add(by.name, what.removesuffix("_in") + "_at", f"{op.name} {op.path}")
+        return left <= 1
 
     def random_loss(self) -> Loss:
         """What a power loss may leave."""
@@ -94,10 +123,16 @@ _BATON: dict[int, Baton] = {}
 
 
 class Baton:
-    """A piece of work on a thread of its own that runs only while the loop waits for it: one of both, ever."""
+    """A piece of work on a thread of its own that runs only while the loop waits for it: one of both, ever.
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    Args:
+        work: what it does.
+        context: whose it is: what the work starts in the loop belongs to its process.
+    """
+
+    def __init__(self, work: Callable[[], Any], context: contextvars.Context) -> None:
         self._work = work
+        self._context = context
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self.finished = False
@@ -110,7 +145,9 @@ class Baton:
         self._back.acquire()
 
     def resume(self) -> None:
-        """Go on after a stop."""
+        """Go on after a stop; nothing to do for work that is over, or that calls this itself while it is killed."""
+        if self.finished or _BATON.get(threading.get_ident()) is self:
+            return
         self._go.release()
         self._back.acquire()
 
@@ -122,7 +159,7 @@ class Baton:
     def _run(self) -> None:
         _BATON[threading.get_ident()] = self
         try:
-            self.result = self._work()
+            self.result = self._context.run(self._work)
         except BaseException as error:  # noqa: BLE001  the border of a thread
             self.failed = error
         finally:
@@ -161,12 +198,15 @@ class SimLane:
             return
         result: Any = None
         failed: BaseException | None = None
+        self._drive.writing = self._writer
         try:
             result = work()
         except SimCrash:
             raise
         except BaseException as error:  # noqa: BLE001  the border of a thread
             failed = error
+        finally:
+            self._drive.writing = False
         self._answer(done, result, failed)
 
     def _answer(self, done: Callable[[Any, BaseException | None], None], result: Any, failed: Any) -> None:
@@ -180,7 +220,8 @@ class SimLane:
         self._process.call_later(self._drive.delay_s() / 8, tell)
 
     def _run_on_thread(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
-        baton, process = Baton(work), self._process
+        process = self._process
+        baton = Baton(work, process.context.copy())
 
         def ended() -> None:
             if not process.dead and not isinstance(baton.failed, SimCrash):
@@ -198,7 +239,7 @@ class SimLane:
             ended()
             return
         # Killed while it stands still: the thread wakes, finds itself dead at its next operation, and ends.
-        process.on_kill.append(lambda: None if baton.finished else baton.resume())
+        process.on_kill.append(baton.resume)
         process.on_thaw.append(lambda: process.call_soon(go_on))
         process.freeze()
         self._drive.frozen(process)

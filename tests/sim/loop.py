@@ -14,7 +14,7 @@ import contextvars
 import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Literal, NoReturn, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar, cast
 
 from tests.sim.trace import Trace
 from tests.support.faults import SimCrash
@@ -120,22 +120,36 @@ def current() -> SimProcess | None:
 
 
 class _Item:
-    """A callback that is due."""
+    """A callback that is or will be due: what `asyncio.Handle` is elsewhere, and no more than is asked of it."""
 
-    __slots__ = ("args", "callback", "context", "handle", "process")
+    __slots__ = ("args", "callback", "context", "dropped", "process", "when_s")
 
     def __init__(
-        self,
-        handle: asyncio.Handle,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: contextvars.Context,
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context, when_s: float
     ) -> None:
-        self.handle = handle
         self.callback = callback
         self.args = args
         self.context = context
         self.process = context.get(_CURRENT)
+        self.dropped = False
+        self.when_s = when_s
+
+    def cancel(self) -> None:
+        """See `asyncio.Handle`; what it would have called may be freed at once."""
+        self.dropped = True
+        self.callback, self.args = _nothing, ()
+
+    def cancelled(self) -> bool:
+        """See `asyncio.Handle`."""
+        return self.dropped
+
+    def when(self) -> float:
+        """See `asyncio.TimerHandle`."""
+        return self.when_s
+
+
+def _nothing() -> None:
+    """In the place of what was cancelled."""
 
 
 class SimLoop(asyncio.BaseEventLoop):
@@ -158,7 +172,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._due: deque[_Item] = deque()
         self._timers: list[tuple[float, int, _Item]] = []
         self._timer_count = 0
-        self.set_exception_handler(self._on_fault)
+        self._halted = False
 
     # --- time and callbacks
 
@@ -170,11 +184,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         """See asyncio."""
-        if context is None:
-            context = contextvars.copy_context()
-        handle = asyncio.Handle(callback, args, self, context)
-        self._due.append(_Item(handle, callback, args, context))
-        return handle
+        item = _Item(callback, args, contextvars.copy_context() if context is None else context, self._now_s)
+        self._due.append(item)
+        return cast("asyncio.Handle", item)
 
     def call_soon_threadsafe(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -192,42 +204,50 @@ class SimLoop(asyncio.BaseEventLoop):
         self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
         """See asyncio."""
-        if context is None:
-            context = contextvars.copy_context()
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        item = _Item(callback, args, contextvars.copy_context() if context is None else context, when)
         self._timer_count += 1
-        heapq.heappush(self._timers, (when, self._timer_count, _Item(handle, callback, args, context)))
-        return handle
+        heapq.heappush(self._timers, (when, self._timer_count, item))
+        return cast("asyncio.TimerHandle", item)
 
     def again(self, item: _Item) -> None:
         """Queue what was kept back."""
         self._due.append(item)
 
     def _run_once(self) -> None:
-        """From `run_forever`: run what is due, or let time jump."""
+        """From `run_forever`: run what is due, let time jump, until the loop is told to stop."""
+        due = self._due
+        self._halted = False
+        while not self._halted:
+            self._gather()
+            self.events += len(due)
+            if self.events > EVENTS_MAX:
+                raise Stuck(f"more than {EVENTS_MAX} events")
+            for _ in range(len(due)):
+                item = due.popleft()
+                process = item.process
+                if item.dropped:
+                    continue
+                if process is None or process.state == "running":
+                    self._run_item(item)
+                elif process.state == "frozen":
+                    process.keep(item)
+
+    def stop(self) -> None:
+        """See asyncio."""
+        self._halted = True
+        super().stop()
+
+    def _gather(self) -> None:
+        """Timers whose time has come are due; time jumps when nothing else is."""
         due, timers = self._due, self._timers
         if not due:
-            while timers and timers[0][2].handle.cancelled():
+            while timers and timers[0][2].dropped:
                 heapq.heappop(timers)
             if not timers:
                 raise Stuck("nothing is left that could happen")
             self._now_s = max(self._now_s, timers[0][0])
         while timers and timers[0][0] <= self._now_s:
             due.append(heapq.heappop(timers)[2])
-        count = len(due)
-        self.events += count
-        if self.events > EVENTS_MAX:
-            raise Stuck(f"more than {EVENTS_MAX} events")
-        for _ in range(count):
-            item = due.popleft()
-            if item.handle.cancelled():
-                continue
-            process = item.process
-            if process is not None and process.state != "running":
-                if process.state == "frozen":
-                    process.keep(item)
-                continue
-            self._run_item(item)
 
     def _run_item(self, item: _Item) -> None:
         try:
@@ -240,7 +260,10 @@ class SimLoop(asyncio.BaseEventLoop):
         except BaseException as error:  # noqa: BLE001  as asyncio: a broken callback is reported and the loop goes on
             self.call_exception_handler({"message": f"callback {item.callback!r}", "exception": error})
 
-    def _on_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def set_exception_handler(self, handler: Any) -> None:
+        """One loop serves many processes: what one of them wants done with its faults must not hide them here."""
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Anything that nobody handles is a defect of the product."""
         error = context.get("exception")
         process = current()
@@ -265,8 +288,28 @@ class SimLoop(asyncio.BaseEventLoop):
         task = super().create_task(coro, **settings)
         self.graveyard.append(task)
         if len(self.graveyard) % 4096 == 0:
-            self.graveyard = [each for each in self.graveyard if not each.done()]
+            self._look_into_graves()
         return task
+
+    def _look_into_graves(self) -> None:
+        """Let go of tasks that are done; an exception that nobody has asked for is a fault."""
+        for task in self.graveyard:
+            if task.done() and task._log_traceback:  # type: ignore[attr-defined]
+                error = task.exception()
+                if not isinstance(error, SimCrash | Stuck):
+                    self.faults.append(f"nobody asked how task {task.get_name()!r} ended: {error!r}")
+        self.graveyard = [each for each in self.graveyard if not each.done()]
+
+    def all_faults(self) -> list[str]:
+        """At the end of a run: everything that nobody handled."""
+        self._look_into_graves()
+        return list(self.faults)
+
+    def bury(self) -> None:
+        """Nobody tells asyncio that the tasks which are left were killed on purpose."""
+        for task in self.graveyard:
+            task._log_destroy_pending = False
+        self.graveyard.clear()
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
         """A piece of blocking work: done in one step, after a while."""

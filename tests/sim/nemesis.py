@@ -8,18 +8,22 @@ Must not be done here: how faults work (`disk.py`, `network.py`, `loop.py`, `con
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tests.sim.loop import SimProcess
+    from tests.sim.network import End
     from tests.sim.nodes import Node, ShardNode
     from tests.sim.world import World
 
-KINDS_MAX: Final = 5
+KINDS_MAX: Final = 6
 """Kinds of faults in one run: with all of them at once nothing lives long enough to go wrong in an interesting way."""
 
-YOUNGER_MAX: Final = 2
-"""Processes of one shard at once beside its newest: more only wait for each other."""
+PLOTS: Final = ("clock_restart", "crash_power", "late_elder", "slow_kill", "strike", "sync_power")
+"""Kinds that meet by design what the others meet by chance: half of all runs have one of them for certain."""
+PLOT_S: Final = 6.0
+"""Seconds that plots get to end when nothing new is broken any more."""
 
 
 class Nemesis:
@@ -35,7 +39,10 @@ class Nemesis:
         table = self._table()
         names = sorted(table)
         chosen = rng.sample(names, rng.randrange(0, KINDS_MAX + 1))
-        self.kinds = sorted(chosen)
+        if rng.random() < 0.5:
+            chosen.append(rng.choice(PLOTS))
+        self.kinds = sorted(set(chosen))
+        self._plots: list[asyncio.Task[None]] = []
         self._acts = [(name, table[name]) for name in self.kinds]
         self.may_lose = "flip" in self.kinds
         self.duration_s = rng.choice((1.0, 2.0, 4.0, 8.0))
@@ -48,7 +55,9 @@ class Nemesis:
         return {
             "away": self._away,
             "clock": self._clock,
+            "clock_restart": self._clock_restart,
             "crash_op": self._crash_op,
+            "crash_power": self._crash_power,
             "cut": self._cut,
             "drain": self._drain,
             "flip": self._flip,
@@ -60,11 +69,15 @@ class Nemesis:
             "kill_controller": self._kill_controller,
             "kill_gateway": self._kill_gateway,
             "kill_shard": self._kill_shard,
+            "late_elder": self._late_elder,
             "partition": self._partition,
             "power": self._power,
             "slow_disk": self._slow_disk,
+            "slow_kill": self._slow_kill,
             "stale": self._stale,
+            "strike": self._strike,
             "sync_fails": self._sync_fails,
+            "sync_power": self._sync_power,
             "younger": self._younger,
         }
 
@@ -74,22 +87,37 @@ class Nemesis:
         until_s = loop.time() + self.duration_s
         while loop.time() < until_s:
             await asyncio.sleep(min(rng.expovariate(1 / self.pace_s), max(0.0, until_s - loop.time()) + 0.001))
-            if self._acts:
-                name, act = rng.choice(self._acts)
-                self._world.trace.add("nemesis", name)
-                act()
+            self._act()
+        # The last blow: what hangs because of it must come loose by itself.
+        if rng.random() < 0.5:
+            self._act()
+            await asyncio.sleep(rng.uniform(0.0, 0.3))
+        if rng.random() < 0.7:
+            await self._plots_end()
+
+    async def _plots_end(self) -> None:
+        if playing := [plot for plot in self._plots if not plot.done()]:
+            await asyncio.wait(playing, timeout=PLOT_S)
+
+    def _act(self) -> None:
+        playing = any(not plot.done() for plot in self._plots)
+        if self._acts and not (playing and self._world.rng.random() < 0.6):
+            name, act = self._world.rng.choice(self._acts)
+            self._world.trace.add("nemesis", name)
+            act()
 
     def heal(self) -> None:
         """End every fault."""
         world = self._world
+        for plot in self._plots:
+            plot.cancel()
         world.network.latency_s = 0.0005
+        world.network.strike_in = None
         world.network.heal()
         world.weather.clear()
         for shard in world.shards:
-            drive = shard.drive
-            drive.crash_in = drive.freeze_in = drive.fail_sync_in = None
-            drive.latency_s = 0.0008
-            drive.volume.capacity_bytes = 1 << 40
+            shard.drive.calm()
+            shard.when_frozen = None
         for process in list(world.processes):
             process.thaw()
 
@@ -126,10 +154,12 @@ class Nemesis:
         self._shard().drive.crash_in = self._world.rng.randrange(1, 60)
 
     def _freeze_op(self) -> None:
-        self._shard().drive.freeze_in = self._world.rng.randrange(1, 12)
+        drive = self._shard().drive
+        drive.freeze_in, drive.freeze_writes_only = self._world.rng.randrange(1, 12), False
 
     def _sync_fails(self) -> None:
-        self._shard().drive.fail_sync_in = self._world.rng.randrange(1, 8)
+        drive, rng = self._shard().drive, self._world.rng
+        drive.fail_sync_in, drive.fail_writer_only = rng.randrange(1, 8), rng.random() < 0.5
 
     def _freeze(self) -> None:
         world, rng = self._world, self._world.rng
@@ -143,12 +173,13 @@ class Nemesis:
         """The elder is frozen, a younger one boots on its volume, the elder goes on."""
         world, rng, shard = self._world, self._world.rng, self._shard()
         elder = shard.process
-        living = [process for process in shard.drive.processes.values() if not process.dead]
-        if elder is None or elder.dead or len(living) > YOUNGER_MAX:
+        if elder is None or elder.dead or shard.crowded:
             return
         if rng.random() < 0.8:
             elder.freeze()
-            world.later(rng.choice((0.3, 2.0, 12.0, 14.0)) * (0.7 + rng.random() * 0.6), elder.thaw)
+            world.later(
+                (rng.choice((0.3, 2.0)) + rng.choice((0, shard.takeover_s))) * rng.uniform(0.7, 1.3), elder.thaw
+            )
         shard.start_younger()
 
     def _cut(self) -> None:
@@ -171,7 +202,7 @@ class Nemesis:
     def _slow_disk(self) -> None:
         drive, rng = self._shard().drive, self._world.rng
         drive.latency_s = rng.choice((0.01, 0.1, 0.6))
-        self._world.later(rng.uniform(0.2, 3.0), lambda: setattr(drive, "latency_s", 0.0008))
+        self._world.later(rng.uniform(0.2, 3.0), lambda: setattr(drive, "latency_s", drive.usual_latency_s))
 
     def _full(self) -> None:
         volume, rng = self._shard().drive.volume, self._world.rng
@@ -203,3 +234,90 @@ class Nemesis:
         world, rng = self._world, self._world.rng
         world.weather.stale_s[rng.choice([*world.gateways, *world.shards]).name] = rng.choice((0.5, 3.0))
         world.weather.lost_answers = 0.3
+
+    # --- plots: faults that mean something only one after the other
+
+    def _plot(self, work: Coroutine[Any, Any, None]) -> None:
+        """Play it until the healing begins."""
+        self._plots.append(self._world.loop.create_task(work, name="plot", context=self._world.context.copy()))
+
+    def _strike(self) -> None:
+        """Something happens exactly when bytes are under way: a cut, or the death of one who talks."""
+        network, rng = self._world.network, self._world.rng
+        network.strike_in = rng.randrange(1, 60)
+        act = rng.choice((lambda end: end.connection.cut(), lambda end: end.process.kill(), self._kill_receiver))
+        network.strike = act
+
+    def _kill_receiver(self, end: End) -> None:
+        end.peer.process.kill()
+
+    def _slow_kill(self) -> None:
+        """A shard dies while much waits for its slow disk."""
+        world, rng, shard = self._world, self._world.rng, self._shard()
+        shard.drive.latency_s = rng.choice((0.05, 0.3))
+
+        async def plot() -> None:
+            await asyncio.sleep(rng.uniform(0.05, 1.0))
+            shard.kill()
+            shard.drive.latency_s = shard.drive.usual_latency_s
+            world.trace.add("nemesis", "slow_killed", shard.name)
+
+        self._plot(plot())
+
+    def _clock_restart(self) -> None:
+        """A wall clock is set, then the process dies in the middle of its work: the next one reads with that clock."""
+        shard, rng = self._shard(), self._world.rng
+        shard.clock.step_s += rng.choice((-3600.0, 3600.0, 3600.0))
+        shard.drive.crash_in = rng.randrange(1, 30)
+
+    def _sync_power(self) -> None:
+        """A sync fails, and soon the power: what the kernel took for clean is gone."""
+        shard, rng = self._shard(), self._world.rng
+        shard.drive.fail_sync_in, shard.drive.fail_writer_only = rng.randrange(1, 4), True
+
+        async def plot() -> None:
+            while shard.drive.fail_sync_in is not None:  # noqa: ASYNC110  operations have no events
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(rng.choice((0.0, 0.1, 0.5)))
+            shard.power_loss()
+
+        self._plot(plot())
+
+    def _crash_power(self) -> None:
+        """A process dies before its batch is synced, the next one reads it out of the cache, then the power fails."""
+        shard, rng = self._shard(), self._world.rng
+        shard.drive.crash_in = rng.randrange(1, 25)
+
+        async def plot() -> None:
+            while shard.drive.crash_in is not None or not shard.ready:  # noqa: ASYNC110  as above
+                await asyncio.sleep(0.002)
+            shard.drive.power_in = rng.randrange(1, 10)
+
+        self._plot(plot())
+
+    def _late_elder(self) -> None:
+        """An elder stands still inside a batch until a younger one has its volume, goes on, and the younger one dies.
+
+        Gateways hear late of the younger one: they would listen to the elder.
+        """
+        world, rng, shard = self._world, self._world.rng, self._shard()
+        if shard.crowded or not shard.ready:
+            return
+        shard.drive.freeze_in, shard.drive.freeze_writes_only = rng.randrange(1, 4), rng.random() < 0.7
+        late_s, lived_s = rng.choice((0.0, 0.0, 0.3)) * rng.random(), rng.uniform(0.05, 1.5)
+
+        async def plot(elder: SimProcess) -> None:
+            if rng.random() < 0.9:
+                world.weather.away.update((gateway.name, True) for gateway in world.gateways)
+            shard.start_younger()
+            while shard.process is elder or not shard.ready:  # noqa: ASYNC110  as above
+                await asyncio.sleep(0.01)
+            younger = shard.process
+            await asyncio.sleep(late_s)
+            elder.thaw()
+            await asyncio.sleep(lived_s)
+            world.weather.away.clear()
+            if younger is not None:
+                younger.kill()
+
+        shard.when_frozen = lambda elder: self._plot(plot(elder))

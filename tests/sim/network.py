@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import random
 import zlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,7 +23,8 @@ KERNEL_BYTES: Final = 16 * 1024
 """What the two kernels hold of one direction; beyond it the writer's own buffer grows."""
 HIGH_WATER: Final = 64 * 1024
 REFUSED_S: Final = 0.001
-UNREACHABLE_S: Final = 120.0
+UNREACHABLE_S: Final = 64.0
+"""The longest wait of a kernel that asks again for a connection."""
 _WORLD: Final = contextvars.Context()
 """Callbacks of the world itself: no process owns them."""
 
@@ -39,6 +41,9 @@ class Network:
         loop: time.
         rng: delays and cuts.
         trace: for what arrives.
+
+    Attributes:
+        strike_in: pieces of bytes until `strike` is called with the end that sent the last of them, which is under way.
     """
 
     def __init__(self, loop: SimLoop, rng: random.Random, trace: Trace) -> None:
@@ -49,6 +54,8 @@ class Network:
         self.fragments = 0.1
         self.connections: list[Connection] = []
         self.blocked: dict[tuple[str, str], bool] = {}
+        self.strike_in: int | None = None
+        self.strike: Callable[[End], None] = lambda _: None
         self._listeners: dict[int, tuple[SimProcess, Callable[[], asyncio.Protocol]]] = {}
         self._next_port = 20_000
         loop.open_connection = self.connect
@@ -99,6 +106,10 @@ class Network:
         process.on_kill.append(listener.close)
         return listener
 
+    def listens(self, port: int) -> bool:
+        """Whether somebody listens there."""
+        return port in self._listeners
+
     def unlisten(self, port: int) -> None:
         """Nobody listens there any more."""
         self._listeners.pop(port, None)
@@ -108,10 +119,13 @@ class Network:
         process = current()
         assert process is not None
         await asyncio.sleep(self.delay_s())
-        there = self._listeners.get(int(port))
-        if there is not None and self.is_blocked(machine_of(process), machine_of(there[0])):
-            await asyncio.sleep(UNREACHABLE_S)
-            raise TimeoutError("nobody answers")
+        there, wait_s = self._listeners.get(int(port)), 1.0
+        # The kernel asks again after 1, 2, 4 … seconds.
+        while there is not None and self.is_blocked(machine_of(process), machine_of(there[0])):
+            if wait_s > UNREACHABLE_S:
+                raise TimeoutError("nobody answers")
+            await asyncio.sleep(wait_s)
+            there, wait_s = self._listeners.get(int(port)), wait_s * 2
         if there is None:
             await asyncio.sleep(REFUSED_S)
             raise ConnectionRefusedError(111, f"port {port}: connection refused")
@@ -162,7 +176,8 @@ class Connection:
         self.name = f"{left.name}>{right.name}"
         self.silent = False
         self.ends = (End(self, left, 0), End(self, right, 1))
-        for end in self.ends:
+        for end, peer in zip(self.ends, reversed(self.ends), strict=True):
+            end.peer = peer
             end.process.on_kill.append(end.process_died)
 
     def accepted(self, factory: Callable[[], asyncio.Protocol]) -> None:
@@ -178,7 +193,7 @@ class Connection:
     @property
     def held(self) -> bool:
         """Nothing arrives now."""
-        return self.silent or self.network.is_blocked(*self.machines)
+        return self.silent or (bool(self.network.blocked) and self.network.is_blocked(*self.machines))
 
     def kick(self) -> None:
         """A partition ended: what waits goes on, and who writes to an end that is gone is told."""
@@ -190,10 +205,19 @@ class Connection:
                 end.peer.reset_later(ConnectionResetError(104, "reset by peer"))
 
     def cut(self) -> None:
-        """Reset: both ends learn of it, each in its own time; what was on its way is lost."""
+        """Reset: both ends learn of it, each in its own time; what was on its way may be lost, both ways or one."""
         self.network.trace.add("net", "cut", self.name)
         for end in self.ends:
+            end.mute = end.mute or self.network.rng.random() < 0.7
+        for end in self.ends:
             end.reset_later(ConnectionResetError(104, "cut"))
+
+    def unplug(self) -> None:
+        """One machine has no power: what it sent may not have left it, and the other end hears nothing any more."""
+        if self.network.rng.random() < 0.5:
+            self.silent = True
+            for end in self.ends:
+                end.mute = True
 
     def half_open(self) -> None:
         """The right end is gone; the left one hears nothing any more, and what it writes goes nowhere."""
@@ -215,9 +239,11 @@ class End(asyncio.Transport):
         self.process = process
         self.protocol: asyncio.BaseProtocol | None = None
         self.lost = False
+        self.mute = False
+        self.peer: End
         self._connection = connection
         self._network = connection.network
-        self._side = side
+        self._name = f"{connection.name}{side}"
         self._closing = False
         self._begun = False
         self._paused = False
@@ -226,13 +252,14 @@ class End(asyncio.Transport):
         self._outgoing = bytearray()
         self._flying = 0
         self._arrive_at_s = 0.0
-        self._received: list[bytes] = []
+        self._received: deque[bytes] = deque()
+        self.unread = 0
         self._eof = False
 
     @property
-    def peer(self) -> End:
-        """The other end."""
-        return self._connection.ends[1 - self._side]
+    def connection(self) -> Connection:
+        """Whose end it is."""
+        return self._connection
 
     def begin(self) -> None:
         """The protocol is there: what has arrived may be handed to it."""
@@ -266,11 +293,6 @@ class End(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         """Bytes that the kernels have not taken."""
         return max(0, len(self._outgoing) + self._flying + self.peer.unread - KERNEL_BYTES)
-
-    @property
-    def unread(self) -> int:
-        """Bytes that arrived and were not handed to the protocol."""
-        return sum(len(piece) for piece in self._received)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """See asyncio."""
@@ -323,47 +345,63 @@ class End(asyncio.Transport):
 
     def carry(self) -> None:
         """Send what may be sent: pieces of any length, one after the other."""
-        network, peer = self._network, self.peer
-        if self._connection.held:
+        outgoing = self._outgoing
+        if not outgoing or self._connection.held:
             return
-        while self._outgoing and not peer.lost:
+        network, peer = self._network, self.peer
+        while outgoing and not peer.lost:
             room = KERNEL_BYTES - self._flying - peer.unread
             if room <= 0:
                 return
-            size = min(len(self._outgoing), room)
-            if size > 1 and network.rng.random() < network.fragments:
+            size = min(len(outgoing), room)
+            if size > 1 and network.fragments and network.rng.random() < network.fragments:
                 size = network.rng.randrange(1, size)
-            piece = bytes(self._outgoing[:size])
-            del self._outgoing[:size]
+            piece = bytes(outgoing[:size])
+            del outgoing[:size]
             self._flying += size
             self._arrive_at_s = max(self._arrive_at_s, network.loop.time() + network.delay_s())
             network.loop.call_at(self._arrive_at_s, self._arrived, piece, context=_WORLD)
 
     def _arrived(self, piece: bytes) -> None:
         """At the peer's kernel."""
-        peer = self.peer
+        peer, network = self.peer, self._network
+        if network.strike_in is not None:
+            network.strike_in -= 1
+            if network.strike_in <= 0:
+                network.strike_in = None
+                network.strike(self)
         self._flying -= len(piece)
-        if peer.lost or self._connection.silent:
+        if peer.lost or self.mute or self._connection.silent:
             return
-        self._network.trace.add("net", "bytes", f"{self._connection.name}{self._side} {len(piece)} {zlib.crc32(piece)}")
+        network.trace.add("net", "bytes", f"{self._name} {len(piece)} {zlib.crc32(piece)}")
         peer._received.append(piece)
+        peer.unread += len(piece)
         if not peer.process.dead:
             peer.process.call_soon(peer._hand_over)
-        self.carry()
-        self._end_if_done()
+        if self._outgoing:
+            self.carry()
+        if self._closing:
+            self._end_if_done()
 
     def _hand_over(self) -> None:
         """In the receiving process."""
         while self._received and not self._paused and self._begun and not self.lost:
-            piece = self._received.pop(0)
+            piece = self._received.popleft()
+            self.unread -= len(piece)
             assert isinstance(self.protocol, asyncio.Protocol)
             self.protocol.data_received(piece)
-            self._network.loop.call_soon(self.peer.room, context=_WORLD)
+            if self.peer.wants_room:
+                self._network.loop.call_soon(self.peer.room, context=_WORLD)
         if self._eof and not self._received and self._begun and not self.lost and not self._closing:
             self._eof = False
             assert isinstance(self.protocol, asyncio.Protocol)
             if not self.protocol.eof_received():
                 self.close()
+
+    @property
+    def wants_room(self) -> bool:
+        """Whether it matters to this end that the peer takes something."""
+        return bool(self._outgoing) or self._full or self._closing
 
     def room(self) -> None:
         """The peer has taken something."""
@@ -403,6 +441,7 @@ class End(asyncio.Transport):
             return
         self.lost = True
         self._received.clear()
+        self.unread = 0
         self._outgoing.clear()
         self.process.call_soon(self._say_lost, error)
         self._connection.forget()

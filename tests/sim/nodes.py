@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 SECRET = b"simulated"
+YOUNGER_MAX = 2
+"""Processes of one shard at once beside its newest."""
 SEGMENT_BYTES = 96 * 1024
 """Small: a log rotates several times in a run."""
 
@@ -163,8 +165,12 @@ class ShardNode(Node):
         volume = SimVolume(capacity_bytes=capacity_bytes, split_writes=world.rng.random() < 0.5)
         self.drive = Drive(volume, random.Random(world.rng.getrandbits(64)))
         self.drive.frozen = self._frozen_in_batch
+        self.drive.lose_power = self.power_loss
+        self.drive.usual_latency_s = self.drive.latency_s = world.rng.choice((0.0003, 0.0008, 0.0008, 0.004, 0.02))
+        self.when_frozen: Callable[[SimProcess], None] | None = None
+        self.takeover_s = world.rng.choice((1.5, 1.5, 4.0, 10.0))
         self.shards: dict[str, ShardProcess] = {}
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"hot_bytes_max": 64 * 1024} if world.tight else {}
 
     def boot(self, process: SimProcess) -> None:
         """`python -m fleetlm_shard`."""
@@ -182,6 +188,7 @@ class ShardNode(Node):
             disk_reserve_bytes=SEGMENT_BYTES,
             checkpoint_bytes=48 * 1024,
             pod_uid=f"pod-{self.name}",
+            takeover_after_s=self.takeover_s,
             drain_s=1.0,
         )
         config = msgspec.structs.replace(config, **self.settings)
@@ -209,9 +216,22 @@ class ShardNode(Node):
         """Every process of the machine dies, and what was in its cache."""
         loss = self.drive.random_loss()
         self.world.trace.add(self.name, "power_loss", f"{len(loss.keep)} units kept, {loss.torn}")
+        for connection in self.world.network.between(self.name):
+            connection.unplug()
         for process in list(self.drive.processes.values()):
             process.kill()
         self.drive.volume.power_loss(loss)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its newest process serves all that it should."""
+        made = self.shards.get(self.process.name) if self.process is not None and self.alive else None
+        return made is not None and made.health().ok
+
+    @property
+    def crowded(self) -> bool:
+        """More processes on the volume would only wait for each other."""
+        return sum(not process.dead for process in self.drive.processes.values()) > YOUNGER_MAX
 
     def start_younger(self) -> None:
         """A second container on the same volume, while the first is frozen (or not)."""
@@ -219,6 +239,10 @@ class ShardNode(Node):
 
     def _frozen_in_batch(self, process: SimProcess) -> None:
         """The writer stands still: a younger one may come, and the elder wakes up later."""
+        if self.when_frozen is not None:
+            act, self.when_frozen = self.when_frozen, None
+            act(process)
+            return
         rng = self.world.rng
         if rng.random() < 0.7:
             self.world.later(rng.uniform(0.1, 2.0), lambda: None if process.dead else self.start_younger())
@@ -275,7 +299,7 @@ class GatewayNode(Node):
         super().__init__(world, name)
         self.port = port
         self.parts: _Parts | None = None
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"write_buffer_bytes": 8192, "requests_per_socket": 4} if world.tight else {}
 
     def boot(self, process: SimProcess) -> None:
         """`python -m fleetlm_gateway`, without aiohttp: REST and the upgrade are left out."""

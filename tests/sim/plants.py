@@ -109,21 +109,30 @@ PLANTS: Final = (
         "        self.queued_pos = last_pos\n",
         "        self.queued_pos = last_pos\n"
         "        if session.subscribers:\n"
-        "            self._publisher.publish(session, [message.json for message in messages])\n",
+        "            durable, session.seq_durable = session.seq_durable, messages[-1].seq\n"
+        "            self._publisher.publish(session, [message.json for message in messages])\n"
+        "            session.seq_durable = durable\n",
         0,
     ),
     Plant(
         "answered before it is durable",
         "fleetlm_shard/sequencer.py",
-        "        elif self._writes.settled:\n",
-        "        elif True:\n",
+        "        if not call.rests_on_log:\n",
+        "        if True:\n",
         0,
     ),
     Plant(
-        "resubscribed without a cursor",
+        "readers are not brought on by a new subscription",
         "fleetlm_gateway/streams.py",
-        "request = rpc.Subscribe(route.epoch, self.session, self._tail.last_seq)",
-        "request = rpc.Subscribe(route.epoch, self.session, 0 if self._tail.last_seq == 0 else None)",
+        "        for reader in list(self._readers):\n            self.advance(reader)\n\n    def _on_ended",
+        "\n    def _on_ended",
+        0,
+    ),
+    Plant(
+        "read cursors are forgotten at boot",
+        "fleetlm_shard/rebuild.py",
+        "    elif isinstance(record, CursorMoved):\n",
+        "    elif record is None:\n",
         0,
     ),
     Plant(
@@ -194,10 +203,10 @@ PLANTS: Final = (
         0,
     ),
     Plant(
-        "the SDK rejoins without a cursor",
-        "fleetlm_client/channel.py",
-        "payload = JoinPayload(cursor=reader.received_seq)",
-        "payload = JoinPayload(cursor=None)",
+        "the SDK forgets that its buffer was full",
+        "fleetlm_client/reader.py",
+        "            if message.seq != received + 1 or full:\n                self.behind = True\n",
+        "            if message.seq != received + 1 or full:\n",
         0,
     ),
 )

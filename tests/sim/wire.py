@@ -7,13 +7,16 @@ anything that the SDK does.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from tests.support.history import History
+
+_decode = msgspec.json.Decoder().decode
 
 ANSWER_S = 12.0
 """A gateway answers within 10 s; a request that is younger than this at the end may still be under way."""
@@ -101,7 +104,7 @@ class Watch:
 
     def sent(self, text: str) -> None:
         """The client sent a frame."""
-        _, ref, topic, event, payload = json.loads(text)
+        _, ref, topic, event, payload = _decode(text)
         self._history.asked(self.name, ref)
         self._asked[ref] = self._now_s()
         if event == "phx_join":
@@ -112,7 +115,7 @@ class Watch:
 
     def received(self, text: str) -> None:
         """The server sent a frame."""
-        join_ref, ref, topic, event, payload = json.loads(text)
+        join_ref, ref, topic, event, payload = _decode(text)
         if event == "phx_reply":
             self._history.answered(self.name, ref)
             self._asked.pop(ref, None)
@@ -157,6 +160,14 @@ class Watch:
         if not self.over:
             self.over = True
             self._history.socket_lost(self.name)
+
+    @property
+    def owed(self) -> bool:
+        """Something that was asked is not answered yet, or a join is not caught up."""
+        if self.over:
+            return False
+        joins = (self._joins[topic, ref] for topic, ref in self._current.items())
+        return bool(self._asked) or any(not join.refused and join.caught_up != 1 for join in joins)
 
     def finish(self) -> None:
         """The run is over while the socket lives: what is owed since `ANSWER_S` is a broken promise."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fleetlm_client.drafts import NewMessage
@@ -26,7 +26,17 @@ from tests.support.history import Acked, Entry, Invocation, canonical
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-SETTINGS = Settings(heartbeat_interval_s=5.0, heartbeat_timeout_s=5.0, append_deadline_s=20.0)
+SETTINGS = Settings(
+    heartbeat_interval_s=5.0,
+    heartbeat_timeout_s=5.0,
+    append_deadline_s=20.0,
+    connect_deadline_s=3.0,
+    backoff_cap_s=1.0,
+)
+
+
+TIGHT = replace(SETTINGS, buffer_messages_max=16, page_messages=5, outbox_messages_max=32)
+"""The same with bounds that runs meet."""
 
 
 @dataclass
@@ -45,6 +55,7 @@ class Place:
     """What an application keeps of a session over its deaths."""
 
     cursor: int = 0
+    last_read_seq: int = 0
     unknown: list[Asked] = field(default_factory=list[Asked])
 
 
@@ -86,7 +97,7 @@ class ClientNode(Node):
         client = self.client = SimClient(
             self.name,
             ports=[gateway.port for gateway in world.gateways],
-            settings=SETTINGS,
+            settings=TIGHT if world.tight else SETTINGS,
             entropy=rng,
             clock=self.clock,
             history=world.history,
@@ -125,16 +136,16 @@ class ClientNode(Node):
             elif isinstance(event, Gap):
                 history.gap(stream, event.from_seq, event.next_seq)
                 place.cursor = max(place.cursor, event.next_seq - 1)
-            if self.world.rng.random() < 0.01:
+            if self.world.rng.random() < (0.05 if self.world.tight else 0.01):
                 await asyncio.sleep(self.world.rng.uniform(0, 0.3))
 
     async def _write(self, session: Session, name: str, rng: random.Random) -> None:
         place = self.places[name]
-        pace_s = rng.choice((0.03, 0.1, 0.3))
+        pace_s = rng.choice((0.05, 0.15, 0.4))
         while True:
             await asyncio.sleep(rng.expovariate(1 / pace_s))
             if not self.writing:
-                continue
+                return
             dice = rng.random()
             if dice < 0.1 and place.unknown:
                 await self._again(session, place.unknown.pop(0))
@@ -145,7 +156,7 @@ class ClientNode(Node):
             elif dice < 0.85:
                 expected = max(0, place.cursor - (rng.random() < 0.1))
                 await self._append(session, self._ask(name, 1, expected, rng))
-            elif dice < 0.9:
+            elif dice < 0.93:
                 await self._call(session, place, rng)
             else:
                 await self._append(session, self._ask(name, 1, None, rng))
@@ -250,9 +261,9 @@ class ClientNode(Node):
 
     async def _call(self, session: Session, place: Place, rng: random.Random) -> None:
         try:
-            if rng.random() < 0.5:
+            if rng.random() < 0.7:
                 if place.cursor:
-                    await session.mark_read(rng.randrange(1, place.cursor + 1))
+                    await self._mark_read(session, place, rng.randrange(1, place.cursor + 1))
             else:
                 after = rng.randrange(0, place.cursor + 1)
                 page = await session.replay(after=after, limit=rng.randrange(1, 50))
@@ -263,3 +274,11 @@ class ClientNode(Node):
             self.world.trace.add(self.writer, "call_refused", f"{error.code} {error.reason}")
             if isinstance(error, Rejected):
                 self.world.history.broken("lost", session.session_id, f"{self.writer} at {place.cursor}: {error}")
+
+    async def _mark_read(self, session: Session, place: Place, seq: int) -> None:
+        """A read cursor never goes back, whatever dies."""
+        told_seq = await session.mark_read(seq)
+        if told_seq < max(seq, place.last_read_seq) and not self.world.nemesis.may_lose:
+            text = f"{self.name} marked {seq}, had marked {place.last_read_seq}, the answer is {told_seq}"
+            self.world.history.broken("lost", session.session_id, text)
+        place.last_read_seq = max(place.last_read_seq, told_seq)

@@ -9,11 +9,12 @@ judgement (`support/history.py`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from fleetlm_client.events import CaughtUp, Gap, Message
@@ -26,14 +27,22 @@ from tests.sim.nemesis import Nemesis
 from tests.sim.network import Network
 from tests.sim.nodes import ControllerNode, GatewayNode, Node, ShardNode
 from tests.sim.trace import Trace
+from tests.sim.wire import Watch
 from tests.sim.workload import SETTINGS, ClientNode
 from tests.support.history import Entry, History, Violation, canonical
 from tests.support.memorycontrol import MemoryControlPlane
 
 HEAL_S = 90.0
-"""Simulated seconds after the faults in which everything must settle: the SDK's own deadline is 20 s, a takeover of a
-silent owner's volume 10 s, a half-open connection is noticed after at most 60 s."""
+"""Simulated seconds after the faults in which every process must serve again: a takeover of a silent owner's volume
+takes 10 s, a half-open connection is noticed after at most 60 s."""
+PROMPT_S = 5.0
+"""Seconds in which whatever still waits when all is well must be answered: longer than a backoff (1 s) and a dial (3 s)
+shorter than the deadlines (10 s in gateways, 20 s in the SDK) that would hide a waiter whom everybody forgot."""
+FULL_S = 5.0
+"""A shard whose disk was full says how long to stay away."""
 BRINGUP_S = 30.0
+OWED_S = 15.0
+"""More than a gateway's 10 s for an answer."""
 SLOTS = 8
 
 
@@ -54,6 +63,9 @@ class World:
 
     Args:
         seed: where all chance comes from.
+
+    Attributes:
+        tight: bounds are so small that the run meets them: hot state, buffers, pages, outboxes.
     """
 
     def __init__(self, seed: int) -> None:
@@ -66,6 +78,7 @@ class World:
         self.network = Network(self.loop, random.Random(self.rng.getrandbits(64)), self.trace)
         self.processes: list[SimProcess] = []
         rng = self.rng
+        self.tight = rng.random() < 0.3
         shards = rng.choice((1, 2, 2, 3))
         self.control = MemoryControlPlane(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards))
         self.weather = Weather(random.Random(rng.getrandbits(64)))
@@ -102,18 +115,18 @@ class World:
         await self.nemesis.rage()
         self.trace.add("world", "heal")
         self.nemesis.heal()
-        await asyncio.sleep(self.rng.uniform(0.5, 2.0))
+        await asyncio.sleep(self.rng.uniform(0.2, 0.8))
         for client in self.clients:
             client.writing = False
         self.trace.add("world", "writing ends")
-        await self._until(self._settled, HEAL_S, "settle")
+        await self._until(self._calm, HEAL_S, "calm")
+        prompt_s = PROMPT_S + (FULL_S if "full" in self.nemesis.kinds else 0.0)
+        await self._until(self._settled, prompt_s, "settle")
         await self._read_all()
-        await self._until(self._readers_converged, HEAL_S, "readers")
-        await asyncio.sleep(15.0)
-        for client in self.clients:
-            if client.client is not None:
-                for watch in client.client.watches:
-                    watch.finish()
+        await self._until(self._readers_converged, prompt_s, "readers")
+        await self._wait_for_what_is_owed()
+        for watch in self._watches():
+            watch.finish()
 
     async def _until(self, holds: Callable[[], str], within_s: float, what: str) -> None:
         """Wait until `holds` has nothing to complain about."""
@@ -124,24 +137,44 @@ class World:
                 raise Stuck(f"{what}: {complaint}")
             await asyncio.sleep(0.05)
 
+    async def _wait_for_what_is_owed(self) -> None:
+        """Until nobody is owed an answer, at most as long as answers may take; one run in eight listens on anyway."""
+        until_s = self.loop.time() + OWED_S
+        idle = self.rng.random() < 1 / 8
+        while self.loop.time() < until_s and (idle or any(watch.owed for watch in self._watches())):  # noqa: ASYNC110
+            await asyncio.sleep(0.25)
+
+    def _watches(self) -> list[Watch]:
+        """Of the clients' newest lives."""
+        return [watch for each in self.clients if each.client is not None for watch in each.client.watches]
+
+    def _calm(self) -> str:
+        """All is well: everybody lives and serves, and no connection is left that only one end believes in."""
+        for client in self.clients:
+            if not client.alive:
+                return f"{client.name} is down"
+        for connection in self.network.connections:
+            if connection.silent:
+                return f"{connection.name} is half open"
+        return self._serves()
+
     def _serves(self) -> str:
         for gateway in self.gateways:
-            if gateway.parts is None or not gateway.alive:
+            if gateway.parts is None or not gateway.alive or not self.network.listens(gateway.port):
                 return f"{gateway.name} is down"
             health = gateway.parts.boundary.ready()
             if not health.ok or health.message:
                 return f"{gateway.name}: {health.reason} {health.message}"
         for shard in self.shards:
-            made = shard.shards.get(shard.process.name) if shard.process is not None else None
-            if made is None or not made.health().ok:
-                return f"{shard.name}: {made.health() if made else 'down'}"
+            if not shard.ready:
+                return f"{shard.name} is not ready"
         return ""
 
     def _settled(self) -> str:
         for client in self.clients:
             if client.pending:
                 return f"{client.name} waits for {client.pending[0].invocation.keys}"
-        return self._serves()
+        return ""
 
     def _readers_converged(self) -> str:
         for client in self.clients:
@@ -207,35 +240,43 @@ async def _read_session(client: SimClient, name: str) -> tuple[list[Entry], list
 
 def run_seed(seed: int) -> Outcome:
     """Live through one seed and judge it."""
+    with _collected_by_hand():
+        world = World(seed)
+        loop = world.loop
+        asyncio.set_event_loop(None)
+        try:
+            main = loop.create_task(world.live())
+            try:
+                loop.run_until_complete(main)
+            except Stuck as error:
+                world.trace.add("world", "stuck", str(error))
+                if not world.history.found:
+                    world.history.broken("unhealed", "", str(error))
+            violations = world.history.judge() if not _is_unhealed(world) else world.history.found
+            figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
+            return Outcome(seed, violations, world.trace.digest(), loop.all_faults(), figures, world.trace)
+        finally:
+            world.trace.over = True
+            for process in world.processes:
+                process.kill()
+            loop.bury()
+            loop.close()
+            del world, loop
+
+
+@contextlib.contextmanager
+def _collected_by_hand() -> Generator[None]:
+    """Memory is collected once, after the run: when that happens is not a function of the seed."""
     collecting = gc.isenabled()
     gc.disable()
+    # What was there before is not looked at: modules and tests are most of what a collection would go through.
+    gc.freeze()
     unraisable, sys.unraisablehook = sys.unraisablehook, _nothing
-    world = World(seed)
-    loop = world.loop
-    asyncio.set_event_loop(None)
     try:
-        main = loop.create_task(world.live())
-        try:
-            loop.run_until_complete(main)
-        except Stuck as error:
-            world.trace.add("world", "stuck", str(error))
-            if not world.history.found:
-                world.history.broken("unhealed", "", str(error))
-        faults = list(loop.faults)
-        violations = world.history.judge() if not _is_unhealed(world) else world.history.found
-        figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
-        return Outcome(seed, violations, world.trace.digest(), faults, figures, world.trace)
+        yield
     finally:
-        world.trace.over = True
-        for process in world.processes:
-            process.kill()
-        # Nobody tells asyncio that these tasks were killed on purpose.
-        for task in loop.graveyard:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-        loop.graveyard.clear()
-        loop.close()
-        del world, loop
         gc.collect()
+        gc.unfreeze()
         sys.unraisablehook = unraisable
         if collecting:
             gc.enable()

@@ -329,7 +329,11 @@ class History:
                     self._say("unequal", session, f"key {key} was acknowledged as {first} and as {(ack.seq, ack.id)}")
 
     def _judge_order(self, session: str, invocations: list[Invocation]) -> None:
-        """A writer's acknowledged appends stand in the order in which it first asked for each key."""
+        """A writer's acknowledged appends stand in the order in which it first asked for each key.
+
+        A key that was given up as unknown and asked again may have landed later than its place, never earlier; where
+        the second asking made the message (its answer is not `deduped`), its place is there.
+        """
         last: dict[str, tuple[int, str]] = {}
         asked: set[tuple[str, str]] = set()
         given_up = {key for invocation in invocations if invocation.again for key in invocation.keys}
@@ -339,15 +343,20 @@ class History:
             for key, ack in zip(invocation.keys, invocation.acks, strict=False)
         }
         for invocation in invocations:
-            for key in invocation.keys:
-                if key not in acked or key in given_up or (invocation.writer, key) in asked:
+            made = [not ack.deduped for ack in invocation.acks]
+            for at, key in enumerate(invocation.keys):
+                made_here = invocation.again and at < len(made) and made[at]
+                if key not in acked or ((invocation.writer, key) in asked and not made_here):
+                    continue
+                if invocation.again and not made_here:
                     continue
                 asked.add((invocation.writer, key))
                 before = last.get(invocation.writer)
                 if before is not None and acked[key] < before[0]:
                     text = f"{invocation.writer} asked {before[1]} (seq {before[0]}) before {key} (seq {acked[key]})"
                     self._say("reordered", session, text)
-                last[invocation.writer] = (acked[key], key)
+                if made_here or key not in given_up:
+                    last[invocation.writer] = (acked[key], key)
 
     def _judge_real_time(self, session: str, invocations: list[Invocation]) -> None:
         """Acknowledged before another was asked for the first time means a lower seq."""
