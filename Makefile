@@ -12,7 +12,7 @@ APISERVER_HERE := ls "$$HOME"/.cache/fleetlm/kubernetes-*/kube-apiserver >/dev/n
 	PATH="$$PATH:/usr/local/go/bin:/usr/lib/go/bin" go version 2>/dev/null | grep -q go1.26
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim fuzz faults soak clean images cluster cluster-down e2e e2e-long
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim plants fuzz faults soak clean images cluster cluster-down e2e e2e-long
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ e2e-long: setup ## the long ones of them
 
 sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failures print how to replay them
 	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1))
+
+plants: setup ## mistakes planted into a copy of the source, and the first seed that notices each (minutes)
+	$(RUN)/python -m tests.sim.plants
 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)

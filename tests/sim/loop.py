@@ -294,7 +294,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def _look_into_graves(self) -> None:
         """Let go of tasks that are done; an exception that nobody has asked for is a fault."""
         for task in self.graveyard:
-            if task.done() and task._log_traceback:  # type: ignore[attr-defined]
+            if task.done() and task._log_traceback:
                 error = task.exception()
                 if not isinstance(error, SimCrash | Stuck):
                     self.faults.append(f"nobody asked how task {task.get_name()!r} ended: {error!r}")
@@ -308,7 +308,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def bury(self) -> None:
         """Nobody tells asyncio that the tasks which are left were killed on purpose."""
         for task in self.graveyard:
-            task._log_destroy_pending = False
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         self.graveyard.clear()
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]

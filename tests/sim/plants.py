@@ -1,6 +1,6 @@
-"""Mistakes planted into a copy of the source, and the proof that seeds find them.
+"""Mistakes planted into a copy of the source, and the proof that seeds find them (`make plants`).
 
-    python -m tests.sim.plants                  every plant, from seed 1
+    python -m tests.sim.plants                  every plant, from seed 1, as the table of docs/simulator.md
     python -m tests.sim.plants look --seeds 200
 
 Place: a mutation is a piece of text in one file, which must stand there exactly once; the copy lies in a temporary
@@ -23,8 +23,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parent.parent.parent
 COMPONENTS: Final = ("common", "shard", "gateway", "operator", "client")
-SEEDS_MAX: Final = 400
-"""Seeds within which each plant must be found."""
+SEEDS_MAX: Final = 100
+"""Seeds within which each plant must be found; the aim is 50, and which ones they are shifts with the code."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Plant:
         path: file, without `<component>/src/`.
         old: what stands there, once.
         new: the mistake.
-        seed: one that finds it (by `python -m tests.sim.plants`); 0: none is known.
+        cheap: found so early that `make test` looks for it each time.
     """
 
     name: str
     path: str
     old: str
     new: str
-    seed: int
+    cheap: bool = False
 
     @property
     def file(self) -> Path:
@@ -68,21 +68,20 @@ PLANTS: Final = (
         "fleetlm_shard/writer.py",
         "            self.file.sync()\n            sync_s =",
         "            sync_s =",
-        0,
+        cheap=True,
     ),
     Plant(
         "the look is left out",
         "fleetlm_shard/writer.py",
         "        self.fence.look()\n        return Finished",
         "        return Finished",
-        0,
     ),
     Plant(
         "keys are forgotten at boot",
         "fleetlm_shard/rebuild.py",
         "            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))",
         "            log_time.at(record.inserted_at_us)",
-        7,
+        cheap=True,
     ),
     Plant(
         "a key is as old as the wall clock says",
@@ -91,7 +90,6 @@ PLANTS: Final = (
         "    late_us = max(0, clock.now_us() - (log_time._last_us or clock.now_us()))\n"
         "    keys.restored(log_s=log_time.now_s + late_us / 1e6, now_s=clock.monotonic_s())\n"
         "    keys.evict(clock.monotonic_s())",
-        0,
     ),
     Plant(
         "expected_seq is checked before dedupe",
@@ -101,7 +99,6 @@ PLANTS: Final = (
         "            call.conflict(session)\n"
         "            return _UNFILLED\n"
         "        hits = self._hits(call, session.id, drafts)\n",
-        0,
     ),
     Plant(
         "published before it is durable",
@@ -112,35 +109,34 @@ PLANTS: Final = (
         "            durable, session.seq_durable = session.seq_durable, messages[-1].seq\n"
         "            self._publisher.publish(session, [message.json for message in messages])\n"
         "            session.seq_durable = durable\n",
-        0,
+        cheap=True,
     ),
     Plant(
         "answered before it is durable",
         "fleetlm_shard/sequencer.py",
         "        if not call.rests_on_log:\n",
         "        if True:\n",
-        0,
+        cheap=True,
     ),
     Plant(
         "readers are not brought on by a new subscription",
         "fleetlm_gateway/streams.py",
         "        for reader in list(self._readers):\n            self.advance(reader)\n\n    def _on_ended",
         "\n    def _on_ended",
-        0,
+        cheap=True,
     ),
     Plant(
         "read cursors are forgotten at boot",
         "fleetlm_shard/rebuild.py",
         "    elif isinstance(record, CursorMoved):\n",
         "    elif record is None:\n",
-        0,
     ),
     Plant(
         "a hole in the pushes is passed on",
         "fleetlm_gateway/streams.py",
         "        if reply.start_seq > self._tail.last_seq:\n",
         "        if reply.start_seq < 0:\n",
-        0,
+        cheap=True,
     ),
     Plant(
         "a retry has a new key",
@@ -150,28 +146,26 @@ PLANTS: Final = (
         "            drafts = [rpc.Draft(draft.key + '+', draft.fragment) for draft in entry.entry.drafts]\n"
         "            entry.entry = rpc.Entry(drafts, entry.entry.expected_seq)\n"
         "        lane.waiting[:0] = [entry for entry in batch if entry.done is not None]\n",
-        0,
     ),
     Plant(
         "a lost wakeup: a full lane waits for its next append",
         "fleetlm_gateway/lanes.py",
         "        lane.timer = self._loop.call_later(delay_s, self._pump, lane)\n",
         "        lane.timer = None\n",
-        0,
+        cheap=True,
     ),
     Plant(
         "a link that is lost tells nobody",
         "fleetlm_gateway/shardlink.py",
         '                on_reply(LOST, b"")\n            except Exception as error:',
         "                pass\n            except Exception as error:",
-        0,
+        cheap=True,
     ),
     Plant(
         "caught_up is said again",
         "fleetlm_gateway/readers.py",
         "            self._told_caught_up = True\n            self._sink.caught_up(",
         "            self._sink.caught_up(",
-        0,
     ),
     Plant(
         "a failed sync is taken for one that worked",
@@ -179,35 +173,31 @@ PLANTS: Final = (
         "            self.file.sync()\n            sync_s =",
         "            try:\n                self.file.sync()\n            except OSError:\n                pass\n"
         "            sync_s =",
-        0,
     ),
     Plant(
         "what an elder wrote after the cut is read",
         "fleetlm_shard/chain.py",
         "chain.links.append(Link(found, header.prev.cut_pos))",
         "chain.links.append(Link(found, found.end_pos_max))",
-        0,
+        cheap=True,
     ),
     Plant(
         "boot serves what it read without syncing it",
         "fleetlm_shard/recovery.py",
         "            _write_filled(file, framing.encode_header(header) + data, header.size)\n            file.sync()\n",
         "            _write_filled(file, framing.encode_header(header) + data, header.size)\n",
-        0,
     ),
     Plant(
         "the SDK forgets what was in flight when its connection is lost",
         "fleetlm_client/outbox.py",
         '        """The connection is gone: whatever was in flight will be sent again as it is."""\n',
         '        """The connection is gone."""\n        self._group = []\n',
-        0,
     ),
     Plant(
         "the SDK forgets that its buffer was full",
         "fleetlm_client/reader.py",
         "            if message.seq != received + 1 or full:\n                self.behind = True\n",
         "            if message.seq != received + 1 or full:\n",
-        0,
     ),
 )
 
@@ -237,7 +227,8 @@ def find(plant: Plant, *, first: int, seeds: int, timeout_s: float = 900.0) -> t
     if done.returncode not in {0, 1} or not done.stdout:
         raise RuntimeError(f"plant {plant.name!r}: the simulator itself broke:\n{done.stderr[-2000:]}")
     row = json.loads(done.stdout.splitlines()[-1])
-    found = [*row["kinds"], *row["faults"]]
+    # What an application dies of (its cursor is ahead, say) is a fault of its task; the text is in the run's report.
+    found = [*row["kinds"], *(["fault"] if row["faults"] else [])]
     return (row["seed"], found) if found else None
 
 
@@ -253,8 +244,8 @@ def main() -> int:
             continue
         found = find(plant, first=1, seeds=options.seeds)
         missed += found is None
-        words = "NOT FOUND" if found is None else f"seed {found[0]}: {', '.join(found[1])[:160]}"
-        sys.stdout.write(f"{plant.name}: {words}\n")
+        words = f"NOT FOUND in {options.seeds} |" if found is None else f"{found[0]} | {', '.join(found[1])}"
+        sys.stdout.write(f"| {plant.name} | {words} |\n")
         sys.stdout.flush()
     return 1 if missed else 0
 

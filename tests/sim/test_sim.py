@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.sim.__main__ import failed, report
-from tests.sim.plants import PLANTS, Plant, find
+from tests.sim.plants import PLANTS, SEEDS_MAX, Plant, find
 from tests.sim.world import run_seed
 
 SEEDS = 200
 PART = 10
 ROOT = Path(__file__).parent.parent.parent
-PLANT_SEEDS = 6
-"""From the one that found a plant when it was recorded: seeds shift a little with the code."""
 COMPARED = (3, 8, 13)
 """Seeds with several processes of every kind, deaths and freezes."""
 
@@ -53,13 +51,13 @@ def _digest_elsewhere(seed: int, hash_seed: str) -> str:
     return str(json.loads(done.stdout)["digest"])
 
 
-@pytest.mark.parametrize("plant", [plant for plant in PLANTS if plant.seed], ids=lambda plant: plant.name)
+@pytest.mark.parametrize("plant", [plant for plant in PLANTS if plant.cheap], ids=lambda plant: plant.name)
 def test_a_planted_mistake_is_found(plant: Plant) -> None:
-    """The simulator and its judge notice each of these mistakes within a few seeds."""
-    assert find(plant, first=plant.seed, seeds=PLANT_SEEDS), f"not found from seed {plant.seed} on"
+    """The simulator and its judge notice each of these mistakes; `make plants` looks for all of them."""
+    assert find(plant, first=1, seeds=SEEDS_MAX), f"not found within {SEEDS_MAX} seeds"
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
 def test_a_plant_fits_the_source(plant: Plant) -> None:
-    """Each plant's text stands in the source once, whether a seed is known that finds it or not."""
+    """Each plant's text stands in the source once."""
     plant.check()
