@@ -31,6 +31,7 @@ BORDERS: Final = {
 """Module names that may ask the machine for time and randomness, each with its reason."""
 
 REAL_PAUSES: Final = {
+    "tests/e2e/test_operators.py": "kills operators at random moments: the moments are the test",
     "tests/integration/test_faults_network.py": "a network is bad for so long: the length is the fault",
     "tests/integration/test_faults_processes.py": "a process is frozen for longer than every heartbeat: the same",
     "tests/integration/test_gateway_inner.py": "kills processes at random moments under load: the moments are the test",

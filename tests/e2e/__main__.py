@@ -63,7 +63,7 @@ def _load(name: str, *, fresh: bool) -> None:
 
 
 def _pytest(arguments: list[str]) -> int:
-    line = [sys.executable, "-m", "pytest", "-q", "tests/e2e", *arguments]
+    line = [sys.executable, "-m", "pytest", "-q", "--tb=native", "tests/e2e", *arguments]
     env = os.environ | {"KUBECONFIG": str(paths.KUBECONFIG), "PATH": f"{paths.BINARIES}:{os.environ['PATH']}"}
     return subprocess.call(processes.in_host("client", *line), cwd=paths.ROOT, env=env)
 

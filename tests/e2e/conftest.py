@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from tests.cluster import lifecycle, paths
+from tests.cluster import images, lifecycle, paths
 from tests.cluster.say import ClusterError
 from tests.e2e.kubectl import CommandError, run_now
 from tests.e2e.rings import Ring
@@ -57,12 +57,18 @@ def remove_everything() -> None:
     run_now("kubectl", "delete", "crd", "--ignore-not-found", "shardrings.fleetlm.io", "ringmaps.fleetlm.io")
 
 
+def install_operator() -> None:
+    """By the README's first line as it stands there."""
+    run_now("bash", "-ec", readme_lines()[0], timeout_s=120)
+    run_now("kubectl", "label", "namespace", OPERATOR_NAMESPACE, LABEL, "--overwrite")
+    run_now("kubectl", "rollout", "status", "deployment", "-n", OPERATOR_NAMESPACE, "--timeout=60s")
+
+
 @pytest.fixture(scope="session")
 def installed(cluster: None) -> Generator[None]:
-    """The operator for all namespaces, by the README's first line as it stands there."""
+    """The operator for all namespaces."""
     remove_everything()
-    run_now("bash", "-ec", readme_lines()[0], timeout_s=120)
-    run_now("kubectl", "label", "namespace", OPERATOR_NAMESPACE, LABEL)
+    install_operator()
     yield
     remove_everything()
 
@@ -70,10 +76,11 @@ def installed(cluster: None) -> Generator[None]:
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest, installed: None) -> Generator[str]:
     """A namespace for one test; goes after it."""
-    yield from _namespace(request.node.name)
+    yield from make_namespace(request.node.name)
 
 
-def _namespace(wish: str) -> Generator[str]:
+def make_namespace(wish: str) -> Generator[str]:
+    """A namespace under the restricted standard; the generator's end deletes it."""
     short = re.sub(r"[^a-z0-9]+", "-", wish.lower().removeprefix("test_"))[:30].strip("-")
     name = f"e2e-{next(_numbers)}-{short}"
     run_now("kubectl", "create", "namespace", name)
@@ -87,14 +94,14 @@ def _namespace(wish: str) -> Generator[str]:
 @pytest.fixture(scope="session")
 def shared_namespace(installed: None) -> Generator[str]:
     """Of the shared ring."""
-    yield from _namespace("shared")
+    yield from make_namespace("shared")
 
 
 @pytest.fixture(scope="session")
 def shared(shared_namespace: str) -> Ring:
-    """A ring for tests that disturb its pods and leave its spec alone."""
+    """A ring for tests that disturb its pods, or change its spec and put it back."""
     made = Ring(shared_namespace)
-    asyncio.run(made.apply())
+    asyncio.run(made.apply({"version": images.version(), "replicas": 3}))
     asyncio.run(made.ready())
     return made
 

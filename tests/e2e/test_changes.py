@@ -1,0 +1,97 @@
+"""Changes of a ring under writers and readers: upgrades, a bad image, changes of mind, scaling."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from tests.cluster import images
+from tests.e2e.kubectl import Json, kubectl, until
+from tests.e2e.published import BAD, UPGRADE, published
+from tests.e2e.rings import Ring
+from tests.e2e.traffic import Traffic, under_traffic
+
+
+@pytest.fixture
+async def changed(ring: Ring) -> AsyncGenerator[Ring]:
+    """The shared ring, whose spec is put back afterwards."""
+    yield ring
+    await ring.apply({"version": images.version(), "replicas": 3})
+    await ring.ready()
+
+
+def image_of(pod: Json) -> str:
+    """The image that a pod is made with."""
+    return str(pod["spec"]["containers"][0]["image"])
+
+
+async def images_of(ring: Ring, component: str) -> list[str]:
+    """Images of all its pods."""
+    return [image_of(pod) for pod in await ring.pods(component)]
+
+
+async def test_an_upgrade_in_place(changed: Ring) -> None:
+    """Shard by shard, then the gateways; each on its own volume; nothing is lost."""
+    claims = [pod["spec"]["volumes"] for pod in await changed.pods("shard")]
+
+    async def script(traffic: Traffic) -> None:
+        await changed.apply({"version": UPGRADE, "replicas": 3})
+        await changed.ready()
+
+    await under_traffic(changed, "upgrade of 3 shards and 2 gateways", script)
+    assert await images_of(changed, "shard") == [published("shard", UPGRADE)] * 3
+    assert await images_of(changed, "gateway") == [published("gateway", UPGRADE)] * 2
+    data = [[one for one in each if one["name"] == "data"] for each in claims]
+    now = [[one for one in pod["spec"]["volumes"] if one["name"] == "data"] for pod in await changed.pods("shard")]
+    assert now == data
+
+
+async def test_a_bad_image_and_a_change_of_mind(changed: Ring) -> None:
+    """An image that nobody has stops at the first pod and is said; changing it back heals without hands."""
+
+    async def script(traffic: Traffic) -> None:
+        await changed.apply({"version": BAD, "replicas": 3})
+        await changed.says("Stalled", "ImageUnavailable")
+        assert sorted(await images_of(changed, "shard")) == sorted(
+            [published("shard"), published("shard"), published("shard", BAD)]
+        )
+        assert await images_of(changed, "gateway") == [published("gateway")] * 2
+        await changed.apply({"version": images.version(), "replicas": 3})
+        await changed.ready()
+
+    await under_traffic(changed, "an image that nobody has, and back", script)
+    assert await images_of(changed, "shard") == [published("shard")] * 3
+
+
+async def test_a_change_of_mind_in_the_middle(changed: Ring) -> None:
+    """Back to the old version when the first shard has the new one: pods that are as asked stay."""
+
+    async def begun() -> bool:
+        status = (await changed.read())["status"]
+        return status.get("updatedReplicas") == 1 and published("shard", UPGRADE) in await images_of(changed, "shard")
+
+    async def script(traffic: Traffic) -> None:
+        uids = [pod["metadata"]["uid"] for pod in await changed.pods("shard")]
+        await changed.apply({"version": UPGRADE, "replicas": 3})
+        await until("the first shard has the new image", begun)
+        await changed.apply({"version": images.version(), "replicas": 3})
+        await changed.ready()
+        now = [pod["metadata"]["uid"] for pod in await changed.pods("shard")]
+        assert now[0] == uids[0], "the last in turn was never touched"
+        assert now[2] != uids[2], "the first in turn was replaced"
+
+    await under_traffic(changed, "a change of mind in the middle of an upgrade", script)
+    assert await images_of(changed, "shard") == [published("shard")] * 3
+    assert await images_of(changed, "gateway") == [published("gateway")] * 2
+
+
+@pytest.mark.parametrize("replicas", [5, 2])
+async def test_another_number_of_shards_is_held(changed: Ring, replicas: int) -> None:
+    """`kubectl scale` changes nothing as long as slots cannot move, and says so; no shard that owns slots goes."""
+    before = [pod["metadata"]["uid"] for pod in await changed.pods("shard")]
+    await kubectl("scale", f"shardring/{changed.name}", "-n", changed.namespace, f"--replicas={replicas}")
+    said = await changed.says("Progressing", "ReplicasHeld")
+    assert said["status"] == "False"
+    assert [pod["metadata"]["uid"] for pod in await changed.pods("shard")] == before
+    assert (await changed.condition("Ready"))["status"] == "True"
