@@ -99,6 +99,16 @@ def test_a_new_version_reaches_one_shard_at_a_time() -> None:
     assert cluster.said("Progressing") == ("False", "Settled")
 
 
+def test_no_step_of_an_upgrade_says_that_it_is_over() -> None:
+    """A step that still changes something does not call it settled: not between the last shard and the gateways."""
+    cluster = settled()
+    cluster.edit(version="2.0.0")
+    for _ in range(20):
+        actions = cluster.step()
+        assert not actions or cluster.said("Progressing")[0] == "True", actions
+    assert cluster.said("Progressing") == ("False", "Settled")
+
+
 def test_gateways_wait_for_the_shards() -> None:
     """While a shard has the old image the gateways keep theirs."""
     cluster = settled()

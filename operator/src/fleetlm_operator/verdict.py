@@ -16,7 +16,8 @@ from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubenames import CLIENT_PORT, gateway_workload, selector
 from fleetlm_operator.observed import Observed, is_ready
 from fleetlm_operator.planning import volumes_lost
-from fleetlm_operator.ringplan import Plan, view_of
+from fleetlm_operator.resources import DEPLOYMENTS
+from fleetlm_operator.ringplan import Apply, Plan, view_of
 from fleetlm_operator.rolling import Block, Trouble, trouble_of
 from fleetlm_operator.telling import LOST_WORDS, UNREADABLE_WORDS, listed, said_by, word_of
 
@@ -195,9 +196,15 @@ def _facts(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> _Facts:
         troubles=tuple(trouble for trouble in found if trouble is not None),
         gateways=seen.ring.spec.gateway.replicas,
         gateways_ready=gateways.available if gateways else 0,
-        gateways_rolling=gateways is not None and (not gateways.settled or gateways.updated < gateways.replicas),
+        gateways_rolling=gateways is not None
+        # What this very step changes is under way already: nobody must read "settled" between shards and gateways.
+        and (not gateways.settled or gateways.updated < gateways.replicas or _changes_gateways(plan)),
         refusals=refusals,
     )
+
+
+def _changes_gateways(plan: Plan) -> bool:
+    return any(isinstance(action, Apply) and action.child.resource == DEPLOYMENTS for action in plan.actions)
 
 
 def _explained(seen: Observed, number: int, deadline: timedelta) -> Trouble | None:
