@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ import pytest
 from tests.cluster import images, lifecycle, paths
 from tests.cluster.say import ClusterError
 from tests.e2e.kubectl import CommandError, run_now
-from tests.e2e.rings import Ring
+from tests.e2e.rings import Ring, nothing_ended_by_itself
 from tests.e2e.traffic import STALLS
 
 LABEL: Final = "fleetlm.io/e2e=test"
@@ -107,10 +107,11 @@ def shared(shared_namespace: str) -> Ring:
 
 
 @pytest.fixture
-async def ring(shared: Ring) -> Ring:
-    """The shared ring, as asked, whatever the test before did."""
+async def ring(shared: Ring) -> AsyncGenerator[Ring]:
+    """The shared ring, as asked, whatever the test before did; afterwards nothing has ended that the test did not end."""
     await shared.ready()
-    return shared
+    yield shared
+    await nothing_ended_by_itself(shared)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

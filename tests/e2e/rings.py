@@ -6,14 +6,17 @@ Must not be done here: reading the product's memory, or judging (that is the his
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tests.cluster import nodes
 from tests.e2e.kubectl import Json, get, kubectl, listed, run, until
 
-READY_S = 90.0
+READY_S: Final = 90.0
+KILLED: Final[Counter[str]] = Counter()
+"""By uid of the pod: how often a test ended its container. Nobody else may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,19 @@ class Ring:
         return "\n".join(parts)
 
 
+async def nothing_ended_by_itself(ring: Ring) -> None:
+    """No container ended that no test killed.
+
+    Raises:
+        AssertionError: one did; with its last words.
+    """
+    for pod in [*await ring.pods("shard"), *await ring.pods("gateway")]:
+        name, found, killed = pod["metadata"]["name"], restarts(pod), KILLED[pod["metadata"]["uid"]]
+        if found != killed:
+            words = await kubectl("logs", name, "-n", ring.namespace, "--previous", "--tail=20")
+            raise AssertionError(f"{name} was restarted {found} times, and killed {killed} times:\n{words}")
+
+
 def going(pod: Json) -> bool:
     """Whether a pod is being deleted."""
     return "deletionTimestamp" in pod["metadata"]
@@ -146,6 +162,8 @@ def container_of(pod: Json) -> str:
 
 async def signal_container(pod: Json, name: str = "SIGKILL") -> None:
     """Send a signal to the pod's container, behind Kubernetes' back."""
+    if name == "SIGKILL":
+        KILLED[pod["metadata"]["uid"]] += 1
     node = str(pod["spec"]["nodeName"])
     line = ("tasks", "kill", "--signal", name, container_of(pod))
     await run("ctr", "-a", nodes.folder(node) / "containerd.sock", "-n", "k8s.io", *line)

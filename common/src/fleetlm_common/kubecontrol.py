@@ -56,8 +56,9 @@ T = TypeVar("T")
 class _Meta(msgspec.Struct, frozen=True, rename="camel"):
     """What is used of an object's metadata."""
 
-    name: str
     resource_version: str
+    name: str = ""
+    """A bookmark's object has none."""
     annotations: dict[str, str] = {}
 
 
