@@ -108,7 +108,7 @@ def shared(shared_namespace: str) -> Ring:
 
 @pytest.fixture
 async def ring(shared: Ring) -> AsyncGenerator[Ring]:
-    """The shared ring, as asked, whatever the test before did; afterwards nothing has ended that the test did not end."""
+    """The shared ring, as asked, whatever the test before did; afterwards nothing ended that it did not end."""
     await shared.ready()
     yield shared
     await nothing_ended_by_itself(shared)
