@@ -15,6 +15,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleetlm_cli.postgres import Postgres
+from fleetlm_shard.archive.compare import compare, prune
+from fleetlm_shard.archive.schema import WEEK_US
 from tests.support.postgres import empty_database, running
 from tests.support.rpcclient import RpcClient
 from tests.support.shardprocess import ShardProcess, ShardRing
@@ -42,7 +44,7 @@ class Rig:
             await shard.event("map.adopted")
             yield shard
 
-    async def archived(self) -> dict[str, list[bytes]]:
+    async def archived(self, *, first_seq: int = 1) -> dict[str, list[bytes]]:
         """Bodies by session, ascending."""
         connection = await asyncpg.connect(self.dsn)
         try:
@@ -55,7 +57,7 @@ class Rig:
         for row in rows:
             bodies = found.setdefault(row["session"].decode(), [])
             bodies.append(row["body"])
-            assert row["seq"] == len(bodies), "seqs follow each other from 1"
+            assert row["seq"] == first_seq + len(bodies) - 1, "seqs follow each other"
         return found
 
 
@@ -151,6 +153,8 @@ async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_
         async with it.shard() as shard, await shard.client() as client:
             await caught_up(shard)
             assert decoded(await it.archived()) == await log_of(client, sessions)
+            found = await compare(tmp_path / "shard-0", it.dsn, progress=lambda _done, _all: None)
+            assert (found.ok, found.checked) == (True, number * len(sessions))
         assert number * len(sessions) == sum(map(len, (await it.archived()).values()))
 
 
@@ -185,3 +189,28 @@ async def test_another_rings_database_is_said_and_left_alone(tmp_path: Path) -> 
             await client.append("s", "one")
             assert "another" in (await shard.get("/health/ready"))[1]
         assert await it.archived() == {}
+
+
+async def test_verify_names_what_is_missing_or_different_and_prune_takes_whole_weeks(tmp_path: Path) -> None:
+    """The comparer sees a lost row and a changed one; a pruned week is known to be gone; the log has it yet."""
+    async with rig(tmp_path) as it, it.shard() as shard, await shard.client() as client:
+        await append_some(client, ["s"], first=0, count=5)
+        await caught_up(shard)
+        connection = await asyncpg.connect(it.dsn)
+        await connection.execute("DELETE FROM fleetlm.messages WHERE seq = 2")
+        await connection.execute("UPDATE fleetlm.messages SET body = 'x' WHERE seq = 4")
+        found = await compare(tmp_path / "shard-0", it.dsn, progress=lambda _done, _all: None)
+        assert (found.missing, found.different, found.ok) == ([("s", 2)], [("s", 4)], False)
+        newest_us = await connection.fetchval("SELECT max(inserted_at_us) FROM fleetlm.messages")
+        await connection.close()
+        assert await prune(it.dsn, before_us=newest_us) == []
+        week = newest_us // WEEK_US
+        assert week in await prune(it.dsn, before_us=(week + 1) * WEEK_US)
+        found = await compare(tmp_path / "shard-0", it.dsn, progress=lambda _done, _all: None)
+        assert found.ok
+        assert found.pruned == 5
+        assert len(await client.read_all("s")) == 5
+        await client.append("s", "of the week that was dropped")
+        await caught_up(shard)
+        assert len((await it.archived(first_seq=6))["s"]) == 1
+        assert await metric(shard, "archive_quarantined_total") == 0

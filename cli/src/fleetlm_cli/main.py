@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from fleetlm_cli import environment
 from fleetlm_cli.append import append
+from fleetlm_cli.archive import archive
 from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
 from fleetlm_cli.move import move
@@ -71,6 +72,7 @@ app.command()(sessions)
 app.command()(move)
 app.command()(verify)
 app.add_typer(ring, name="ring")
+app.add_typer(archive, name="archive")
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 

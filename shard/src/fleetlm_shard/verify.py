@@ -77,7 +77,7 @@ class VerifyReport:
         return not self.problems
 
 
-class _Reader:
+class LogReader:
     """Identity in the form that `read_chain` asks for; it is never asked to look."""
 
     def __init__(self, ring_uid: str, shard: str) -> None:
@@ -139,7 +139,7 @@ class _Verification:
         self._listing = parse_names(self._disk.listdir(LOG_FOLDER))
         report.strays += self._listing.unknown
         try:
-            chain = read_chain(self._disk, _Reader(identity.ring_uid, identity.shard), self._listing)
+            chain = read_chain(self._disk, LogReader(identity.ring_uid, identity.shard), self._listing)
         except LogUnreadable as error:
             self._problem(LOG_FOLDER, str(error))
             return

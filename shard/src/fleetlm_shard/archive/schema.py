@@ -95,7 +95,7 @@ async def migrate(connection: Connection[Record], *, ring_uid: str) -> None:
                 await connection.execute("CREATE SCHEMA fleetlm")
             await connection.execute(
                 "CREATE TABLE fleetlm.archive (sole boolean PRIMARY KEY DEFAULT true CHECK (sole),"
-                " ring_uid text NOT NULL, version integer NOT NULL)"
+                " ring_uid text NOT NULL, version integer NOT NULL, pruned_before_us bigint NOT NULL DEFAULT 0)"
             )
             await connection.execute("INSERT INTO fleetlm.archive (ring_uid, version) VALUES ($1, 0)", ring_uid)
         row = await connection.fetchrow("SELECT ring_uid, version FROM fleetlm.archive")

@@ -125,20 +125,38 @@ class Store:
             RECORD_FAULTS: a row is refused; nothing was written.
             asyncpg.PostgresError, OSError, TimeoutError: it may have been written, or not; `open` a new connection.
         """
-        weeks = {message.inserted_at_us // WEEK_US for message in rows.messages.values()} - self._weeks
-        if weeks:
-            await make_partitions(self._connection, weeks)
-            self._weeks |= weeks
+        weeks = {message.inserted_at_us // WEEK_US for message in rows.messages.values()}
+        fresh_weeks = weeks - self._weeks
+        if fresh_weeks:
+            await self._make_partitions(fresh_weeks)
+        try:
+            return await self._write_once(rows, from_pos, to_pos)
+        except RECORD_FAULTS:
+            if not weeks - fresh_weeks:
+                raise
+        # A prune may have dropped a week's table since it was made.
+        await self._make_partitions(weeks)
+        return await self._write_once(rows, from_pos, to_pos)
+
+    async def _make_partitions(self, weeks: set[int]) -> None:
+        await make_partitions(self._connection, weeks)
+        self._weeks |= weeks
+
+    async def _write_once(self, rows: Rows, from_pos: int, to_pos: int) -> int:
         async with self._connection.transaction():
-            fresh = list(rows.messages.values())
-            if rows.sessions:
-                archived = await self._lock_sessions(rows)
-                fresh = await self._without_archived(rows, archived)
-                if fresh:
-                    await self._copy(fresh)
-                await self._update_sessions(rows)
-                await self._update_participants(rows)
+            fresh = await self._write_rows(rows)
             await self._move(from_pos, to_pos)
+        return fresh
+
+    async def _write_rows(self, rows: Rows) -> int:
+        if not rows.sessions:
+            return 0
+        archived = await self._lock_sessions(rows)
+        fresh = await self._without_archived(rows, archived)
+        if fresh:
+            await self._copy(fresh)
+        await self._update_sessions(rows)
+        await self._update_participants(rows)
         return len(fresh)
 
     async def halt(self, diverged: Diverged, *, from_pos: int) -> None:
