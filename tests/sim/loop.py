@@ -79,7 +79,7 @@ class SimProcess:
         self.state = "dead"
         self._kept.clear()
         self.loop.trace.add(self.name, "killed")
-        for act in self.on_kill:
+        for act in list(self.on_kill):
             act()
 
     def freeze(self) -> None:

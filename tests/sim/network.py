@@ -229,6 +229,9 @@ class Connection:
         """Both ends are gone."""
         if all(end.lost for end in self.ends) and self in self.network.connections:
             self.network.connections.remove(self)
+            for end in self.ends:
+                if not end.process.dead:
+                    end.process.on_kill.remove(end.process_died)
 
 
 class End(asyncio.Transport):

@@ -110,14 +110,15 @@ def test_a_killed_writer_leaves_a_whole_map(folder: Path) -> None:
     """SIGKILL at any step of a swap: the map is the last that was acknowledged or the one after it."""
     entropy = random.Random(3)
     for _ in range(12):
-        writer = swapper(folder, times=0)
-        assert writer.stdout is not None
-        acknowledged = int(writer.stdout.readline())
-        deadline_s = time.monotonic() + entropy.uniform(0, 0.05)
-        while time.monotonic() < deadline_s:
+        with swapper(folder, times=0) as writer:
+            assert writer.stdout is not None
             acknowledged = int(writer.stdout.readline())
-        writer.kill()
-        rest = writer.communicate(timeout=30)[0].split()
+            deadline_s = time.monotonic() + entropy.uniform(0, 0.05)
+            while time.monotonic() < deadline_s:
+                acknowledged = int(writer.stdout.readline())
+            writer.kill()
+            # Not `communicate`: with a timeout it reads past what this stream has already taken from the pipe.
+            rest = writer.stdout.read().split()
         acknowledged = int(rest[-1]) if rest else acknowledged
         found = asyncio.run(FileControlPlane(folder).read()).map
         assert found is not None
