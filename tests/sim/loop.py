@@ -79,7 +79,8 @@ class SimProcess:
         self.state = "dead"
         self._kept.clear()
         self.loop.trace.add(self.name, "killed")
-        for act in list(self.on_kill):
+        acts, self.on_kill, self.on_thaw = self.on_kill, [], []
+        for act in acts:
             act()
 
     def freeze(self) -> None:
