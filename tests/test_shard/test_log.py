@@ -258,6 +258,17 @@ async def test_a_close_without_space_ends_and_says_so() -> None:
     assert [each.seq for each in again.messages()] == [each.seq for each in opened.acked]
 
 
+async def test_a_close_whose_prepared_file_was_cleared_away_ends() -> None:
+    """A younger process clears an elder's temporary files away, also while the elder ends in order."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("elder"), 1)
+    await opened.log.look()
+    [prepared] = [path for path in volume.paths() if path.startswith("log/tmp-")]
+    volume.process("younger").unlink(prepared)
+    await opened.close()
+    assert opened.stopped == []
+
+
 async def test_an_idle_log_looks_and_writes_one_mark() -> None:
     """Idle, it looks each interval; one mark proves what was acknowledged, and no second one follows."""
     volume = SimVolume()

@@ -355,7 +355,7 @@ class ShardProcess:
                     await asyncio.sleep(0.005)
         try:
             await shard.close(checkpoint=checkpoint)
-        except LogError as error:
+        except (LogError, OSError) as error:  # OSError: what is left to tidy up when all is synced
             self._events.event("leave.failed", level="error", error=repr(error))
             return EXIT_FAILED
         return status

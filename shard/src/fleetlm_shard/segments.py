@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -142,9 +143,10 @@ def prepare(disk: Disk, temp: str, *, size: int, pause: Callable[[], None]) -> P
 
 
 def discard(disk: Disk, file: File, temp: str) -> None:
-    """Forget a temporary file."""
+    """Forget a temporary file; one that a younger process has cleared away is gone already."""
     file.close()
-    disk.unlink(temp)
+    with suppress(FileNotFoundError):
+        disk.unlink(temp)
 
 
 def publish(disk: Disk, temp: str, path: str) -> None:
