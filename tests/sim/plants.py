@@ -79,8 +79,8 @@ PLANTS: Final = (
     Plant(
         "keys are forgotten at boot",
         "fleetlm_shard/rebuild.py",
-        "            keys.restore(record.session, record.key, known, pos=pos, at_s=log_time.at(record.inserted_at_us))",
-        "            log_time.at(record.inserted_at_us)",
+        "            _remember(record, pos, keys, log_time)\n",
+        "            log_time.at(record.inserted_at_us)\n",
         cheap=True,
     ),
     Plant(
