@@ -12,7 +12,7 @@ APISERVER_HERE := ls "$$HOME"/.cache/fleetlm/kubernetes-*/kube-apiserver >/dev/n
 	PATH="$$PATH:/usr/local/go/bin:/usr/lib/go/bin" go version 2>/dev/null | grep -q go1.26
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills sim plants fuzz faults soak clean images cluster cluster-down e2e e2e-long
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills moves sim plants fuzz faults soak clean images cluster cluster-down e2e e2e-long
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ plants: setup ## mistakes planted into a copy of the source, and the first seed 
 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
+
+moves: setup ## slots move under load, by hand: make moves N=10 [KILLS=1] [ONLY=scale,mind,pin,handover] [SEED=7]
+	$(RUN)/python -m tests.integration.moves --repeat $(or $(N),10) $(if $(KILLS),--kills) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 fuzz: setup ## malformed frames and requests at every entrance, by hand: make fuzz N=100000 [SEED=7]
 	$(RUN)/python -m tests.fuzz.run --count $(or $(N),100000) $(if $(SEED),--seed $(SEED))

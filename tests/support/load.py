@@ -99,6 +99,8 @@ class Load:
         self.streams: list[Stream] = []
         self.count = 0
         self.begin_s = time.monotonic()
+        self.took_s: list[float] = []
+        """How long each append took, retries included, in the order of their answers."""
 
     async def disturb(self) -> None:
         """What happens under the load; the run ends when it does."""
@@ -281,6 +283,7 @@ class Load:
     def _took(self, invocation: Invocation, begin_s: float) -> None:
         """Remember the slowest append, and when it was asked (to find it in the logs)."""
         seconds = time.monotonic() - begin_s
+        self.took_s.append(seconds)
         if seconds > self.report.slowest_append_s:
             self.report.slowest_append_s = seconds
             self.report.slowest_append = (
