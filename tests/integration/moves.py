@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -202,13 +203,27 @@ async def handover(mover: Mover) -> None:
     """Each shard is emptied and restarted; the next one's slots go to it."""
     for name in ("shard-0", "shard-1", "shard-2"):
         await mover.empty(name)
-        mover.run.fleet.kill(name)
+        mover.run.fleet.kill(name, signal.SIGTERM)
         await mover.run.fleet.wait_ready(name)
     await mover.empty(None)
     await mover.run.progress()
 
 
-OPERATIONS: Final[dict[str, Operation]] = {"scale": scale, "mind": mind, "pin": pin, "handover": handover}
+async def inplace(mover: Mover) -> None:
+    """Each shard is restarted with its slots, beside `handover` for comparison: SIGTERM, no move."""
+    for name in ("shard-0", "shard-1", "shard-2"):
+        mover.run.fleet.kill(name, signal.SIGTERM)
+        await mover.run.fleet.wait_ready(name)
+    await mover.run.progress()
+
+
+OPERATIONS: Final[dict[str, Operation]] = {
+    "scale": scale,
+    "mind": mind,
+    "pin": pin,
+    "handover": handover,
+    "inplace": inplace,
+}
 
 
 async def moves_run(folder: Path, operation: Operation, *, kills: bool, seed: int) -> Outcome:
