@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final
 
 import pytest
+import yaml
 
 from fleetlm_common.kubeapi import ApiError, ApiRefused, Object, Resource
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
@@ -21,6 +22,7 @@ from fleetlm_operator.resources import (
     SERVICES,
     STATEFUL_SETS,
 )
+from tests.support.apiserver import ROOT
 from tests.support.operatorworld import World
 from tests.support.playednodes import PlayedNodes
 
@@ -422,8 +424,33 @@ REFUSED: Final[list[tuple[Object, str]]] = [
 ]
 
 
+RULES: Final = "x-kubernetes-validations"
+
+
+def messages(plural: str) -> set[str]:
+    """What the rules of a resource say when they refuse."""
+
+    def inside(node: object) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (rule["message"] for rule in node.get(RULES, []))
+            for name, child in node.items():
+                yield from inside(child) if name != RULES else ()
+        elif isinstance(node, list):
+            for child in node:
+                yield from inside(child)
+
+    return set(inside(yaml.safe_load((ROOT / "crds" / f"fleetlm.io_{plural}.yaml").read_text())))
+
+
+def unmet(plural: str, words: Iterable[str]) -> set[str]:
+    """Rules that no test broke."""
+    return {message for message in messages(plural) if not any(each in message for each in words)}
+
+
 async def test_each_rule_refuses_with_its_message(world: World) -> None:
     """And a smallest ShardRing round-trips: applied again, nothing changes."""
+    named = (("9lives", "begin with a letter"), ("x" * 41, "at most 40 characters"))
+    assert not unmet("shardrings", [words for _, words in [*REFUSED, *named]])
     await world.make()
     first = await world.ring()
     await world.make()
@@ -431,7 +458,7 @@ async def test_each_rule_refuses_with_its_message(world: World) -> None:
     for spec, words in REFUSED:
         with pytest.raises(ApiRefused, match=words.replace("+", r"\+")):
             await world.edit(spec)
-    for name, words in (("9lives", "begin with a letter"), ("x" * 41, "at most 40 characters")):
+    for name, words in named:
         body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": name}}
         with pytest.raises(ApiRefused, match=words):
             await world.api.apply(SHARD_RINGS, world.namespace, body, manager="t")
@@ -457,14 +484,16 @@ async def test_an_epoch_never_goes_back(world: World) -> None:
     await write(spec(1))
     await write(spec(2))
     without = {key: value for key, value in spec(3).items() if key != "map"}
-    for refused, words in (
+    refusals = (
         (spec(1), "never goes back"),
         (spec(4), "never jumps"),
         (spec(2, "b"), "needs the next epoch"),
         ({**spec(3), "uid": "other"}, "for life"),
         ({**spec(3), "slots": 9}, "fixed for the life"),
         (without, "keeps one"),
-    ):
+    )
+    assert not unmet("ringmaps", [words for _, words in refusals])
+    for refused, words in refusals:
         with pytest.raises(ApiError, match=words):
             await write(refused)
     await write(spec(3))

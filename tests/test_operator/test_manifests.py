@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import yaml
 
 from fleetlm_common.kubeapi import Object
+from fleetlm_common.kubenames import ring_labels
 from fleetlm_operator.ringplan import Apply, Create, plan
 from fleetlm_operator.workloads import GATEWAY_END_S, PRE_STOP_S, RENDERING
+from tests.support.netpolicy import Peer, may_connect
 from tests.test_operator.modelcluster import DEFAULTS, ModelCluster
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "manifests"
@@ -129,14 +131,39 @@ def test_roles_are_the_least() -> None:
     assert asked == {"ringmaps", "leases"}
 
 
-def test_shards_hear_only_their_ring() -> None:
-    """Evaluated as a cluster that enforces policies would: who may reach the shard's port."""
-    policy = rendered({})["NetworkPolicy demo-shard"]["spec"]
-    peers = [each["from"] for each in policy["ingress"] if each["ports"][0]["port"] == 4100]
-    assert [[peer["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] for peer in each] for each in peers] == [
-        ["demo", "demo"]
-    ]
-    assert policy["policyTypes"] == ["Ingress"]
+PEERS: Final = {
+    "shard": Peer("chat", ring_labels("demo", "shard")),
+    "gateway": Peer("chat", ring_labels("demo", "gateway")),
+    "neighbour": Peer("chat", {"app": "web"}),
+    "gateway of another ring": Peer("chat", ring_labels("other", "gateway")),
+    "gateway of a ring of this name elsewhere": Peer("elsewhere", ring_labels("demo", "gateway")),
+    "stranger": Peer("elsewhere", {"app": "web"}),
+    "operator": Peer(DEFAULTS.namespace, {"app.kubernetes.io/component": "operator"}),
+    "monitoring": Peer("monitoring", {"app": "prometheus"}),
+}
+WATCHERS: Final = {"shard", "gateway", "neighbour", "gateway of another ring", "operator", "monitoring"}
+
+
+@pytest.mark.parametrize(
+    ("target", "port", "callers"),
+    [
+        ("shard", 4100, {"shard", "gateway"}),
+        ("shard", 4101, WATCHERS),
+        ("shard", 22, set[str]()),
+        ("gateway", 4000, set(PEERS)),
+        ("gateway", 4001, WATCHERS),
+        ("gateway", 22, set[str]()),
+    ],
+)
+def test_who_reaches_which_port(target: str, port: int, callers: set[str]) -> None:
+    """As a network that enforces policies lets them: shards hear their ring, clients come from anywhere."""
+    made = rendered({"networkPolicy": {"opsNamespaces": ["monitoring"]}})
+    policies = [child for key, child in made.items() if key.startswith("NetworkPolicy")]
+    assert len(policies) == 2
+    reached = {
+        name for name, peer in PEERS.items() if may_connect(policies, source=peer, target=PEERS[target], port=port)
+    }
+    assert reached == callers
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ STEP_S: Final = 60.0
 STEPS_MAX: Final = 8
 """Rings that are looked after at the same moment."""
 STUCK_S: Final = 180.0
-"""No step ended for so long although there are rings: the process hangs and liveness says so."""
+"""A step that does not end for so long, or none of any ring: reconciling hangs, and liveness says so. A step ends after
+STEP_S at the latest, also when the API server is away: that is no reason to begin anew."""
 
 
 class Reconciler:
@@ -82,12 +83,15 @@ class Reconciler:
         self._phases: dict[tuple[str, str], str] = {}
         self._said: dict[tuple[str, str], str] = {}
         self._limit = asyncio.Semaphore(STEPS_MAX)
+        self._begun_s: dict[tuple[str, str], float] = {}
         self._step_ended_s = clock.monotonic_s()
 
     def hint(self, namespace: str, name: str) -> None:
         """Something happened that may concern this ring; one that is not known yet is looked for."""
         changed = self._changed.get((namespace, name))
         if changed is None:
+            if not self._changed:  # without rings no step ended for long, and nobody missed one
+                self._step_ended_s = self._clock.monotonic_s()
             self._changed[namespace, name] = asyncio.Event()
             self._hints.put_nowait((namespace, name))
         else:
@@ -95,7 +99,11 @@ class Reconciler:
 
     def live(self) -> Health:
         """Whether steps end."""
-        idle_s = self._clock.monotonic_s() - self._step_ended_s
+        now_s = self._clock.monotonic_s()
+        hanging = [key for key, begun_s in self._begun_s.items() if now_s - begun_s > STUCK_S]
+        if hanging:
+            return Health(ok=False, reason="Stuck", message=f"a step of {'/'.join(hanging[0])} does not end")
+        idle_s = now_s - self._step_ended_s
         if self._changed and idle_s > STUCK_S:
             return Health(ok=False, reason="Stuck", message=f"no step ended for {idle_s:.0f} s")
         return Health(ok=True, reason="Alive")
@@ -136,7 +144,7 @@ class Reconciler:
     async def _timed_step(self, key: tuple[str, str]) -> float | None:
         """A step whose failures become pauses."""
         async with self._limit:
-            begun_s = self._clock.monotonic_s()
+            begun_s = self._begun_s[key] = self._clock.monotonic_s()
             outcome, pause_s = "unavailable", RETRY_S
             try:
                 async with asyncio.timeout(STEP_S):
@@ -155,6 +163,7 @@ class Reconciler:
                 outcome, pause_s = "refused", RESYNC_S
                 self._complain(key, f"cannot look after the ring: {error}")
             finally:
+                del self._begun_s[key]
                 self._step_ended_s = self._clock.monotonic_s()
                 self._metrics.steps.labels(outcome).inc()
                 self._metrics.step_seconds.observe(self._step_ended_s - begun_s)
