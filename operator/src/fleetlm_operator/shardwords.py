@@ -61,7 +61,9 @@ class ShardWords:
     async def _word(self, address: str) -> ShardWord | None:
         host = f"[{address}]" if ":" in address else address
         try:
-            async with self._session.get(f"http://{host}:{SHARD_OPS_PORT}/health/ready") as answer:
+            url = f"http://{host}:{SHARD_OPS_PORT}/health/ready"
+            # No redirects: a pod that was taken over must not lead the operator elsewhere.
+            async with self._session.get(url, allow_redirects=False) as answer:
                 return msgspec.json.decode(await answer.content.read(WORD_BYTES_MAX), type=ShardWord)
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
             return None
