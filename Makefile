@@ -49,7 +49,7 @@ test: setup ## every test but those marked `long` (make faults); what needs root
 	echo "no Go 1.26: tests marked 'apiserver' (a real Kubernetes API server, built from Go modules) are left out"; fi; \
 	$(RUN)/pytest -q $(PARALLEL) -m "$$without"
 
-e2e: setup ## on a real Kubernetes of three nodes (one that is up, else one for this run): root, see tests/cluster/README.md; ARGS for pytest
+e2e: setup ## on a real Kubernetes of three nodes (one that is up, else one for this run): root, see tests/cluster/README.md; ARGS for pytest; CLUSTER=kind where Docker is
 	@echo "tests marked 'long' are left out; 'make e2e-long' runs them"
 	$(RUN)/python -m tests.e2e -m "not long" $(ARGS)
 
@@ -98,7 +98,7 @@ docs: setup ## write docs/kubernetes/reference.md anew from the schemas in crds/
 images: setup ## container images (Docker, or buildah and debootstrap with root), saved as one archive below ~/.cache/fleetlm
 	$(RUN)/python -m tests.cluster.images
 
-cluster: setup ## a real Kubernetes of three nodes on this machine without Docker; needs root and, the first time, Go 1.26 and minutes
+cluster: setup ## a real Kubernetes of three nodes on this machine without Docker; needs root and, the first time, Go 1.26 and minutes (CLUSTER=kind: by kind, with Docker)
 	$(RUN)/python -m tests.cluster up
 
 cluster-down: setup ## remove it, or what a dead run left of one

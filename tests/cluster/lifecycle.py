@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import binaries, cgroups, controlplane, hosts, identities, nodes, paths, processes
+from tests.cluster import binaries, cgroups, controlplane, hosts, identities, kind, nodes, paths, processes
 from tests.cluster.say import ClusterError, Step, say
 from tests.cluster.waiting import until
 
@@ -29,16 +29,23 @@ PACKAGES: Final = "containerd runc containernetworking-plugins nftables iptables
 
 def is_up() -> bool:
     """Whether a cluster was brought up whole and its API server still runs."""
+    if kind.asked():
+        return kind.is_up()
     return UP.exists() and any(p.name == "kube-apiserver" and processes.alive(p) for p in processes.records())
 
 
 def node_names() -> list[str]:
     """The nodes of the cluster that is up."""
+    if kind.asked():
+        return kind.node_names()
     return [f"node{number}" for number in range(1, int(UP.read_text()) + 1)]
 
 
 def load(archive: Path) -> None:
     """Imports an image archive into every node."""
+    if kind.asked():
+        kind.load(archive)
+        return
     for node in node_names():
         with Step(f"{node} loads {archive.name}"):
             nodes.load(node, archive)
@@ -59,6 +66,9 @@ def up(count: int, archives: list[Path], *, helm: bool = False) -> None:
     with _locked():
         if is_up():
             raise ClusterError("a cluster is up already; `make cluster-down` removes it")
+        if kind.asked():
+            kind.up(count, archives)
+            return
         _remove()
         binaries.build([p for p in binaries.PROGRAMS if helm or not p.name.startswith("helm")])
         try:
@@ -77,8 +87,12 @@ def down() -> None:
     Raises:
         ClusterError: something could not be removed; says what.
     """
-    with _locked(), Step("cluster down"):
-        _remove()
+    with _locked():
+        if kind.asked():
+            kind.down()
+            return
+        with Step("cluster down"):
+            _remove()
 
 
 def _bring_up(count: int, archives: list[Path]) -> None:
@@ -160,6 +174,9 @@ def check_tools() -> None:
     Raises:
         ClusterError: not root, or something is not installed; says what and how.
     """
+    if kind.asked():
+        kind.check_tools()
+        return
     if os.geteuid() != 0:
         raise ClusterError("network namespaces and containers need root")
     absent = [name for name in TOOLS if shutil.which(name) is None]

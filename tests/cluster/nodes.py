@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import cgroups, paths, pause, processes
+from tests.cluster import cgroups, kind, paths, pause, processes
 from tests.cluster.controlplane import binary
 from tests.cluster.identities import kubeconfig
 from tests.cluster.say import Step
@@ -25,8 +25,14 @@ def folder(node: str) -> Path:
 
 def ctr(node: str, *arguments: object, timeout_s: float = 60.0) -> str:
     """Runs containerd's own client against a node's containerd, in the namespace that kubelet uses."""
-    socket = folder(node) / "containerd.sock"
-    return processes.run("ctr", "-a", socket, "-n", "k8s.io", *arguments, timeout_s=timeout_s)
+    return processes.run(*ctr_line(node, *arguments), timeout_s=timeout_s)
+
+
+def ctr_line(node: str, *arguments: object) -> list[str]:
+    """The command line of that."""
+    if kind.asked():
+        return kind.ctr_line(node, *arguments)
+    return ["ctr", "-a", str(folder(node) / "containerd.sock"), "-n", "k8s.io", *map(str, arguments)]
 
 
 def start(number: int, archives: list[Path]) -> None:

@@ -166,7 +166,7 @@ async def signal_container(pod: Json, name: str = "SIGKILL") -> None:
         KILLED[pod["metadata"]["uid"]] += 1
     node = str(pod["spec"]["nodeName"])
     line = ("tasks", "kill", "--signal", name, container_of(pod))
-    await run("ctr", "-a", nodes.folder(node) / "containerd.sock", "-n", "k8s.io", *line)
+    await run(*nodes.ctr_line(node, *line))
 
 
 async def killed_in_place(namespace: str, name: str) -> None:
