@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -24,31 +21,7 @@ from fleetlm_common.control import RingSpec
 from fleetlm_common.filecontrol import create_ring
 from tests.support.eventually import eventually
 from tests.support.fleet import Fleet, descendants, fleet
-
-RUN_TIMEOUT_S = 60.0
-
-
-def fleetlm(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "fleetlm_cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=RUN_TIMEOUT_S,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", **(env or {})},
-    )
-
-
-async def append(running: Fleet, text: str) -> int:
-    """Append to a session over REST; returns the seq."""
-    async with (
-        aiohttp.ClientSession(headers={"X-Participant-Id": "alice"}) as http,
-        http.post(f"{running.url}/v1/sessions/demo/messages", json={"content": text}) as answer,
-    ):
-        assert answer.status == 201, await answer.text()
-        found: dict[str, Any] = await answer.json()
-        return int(found["seq"])
+from tests.support.upcommands import append, fleetlm
 
 
 async def contents(running: Fleet) -> list[str]:
@@ -209,8 +182,10 @@ def test_a_ring_keeps_its_slots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--archive", "embedded"), "the archive is not built yet"),
-        (("--archive", "postgres://localhost/x"), "the archive is not built yet"),
+        (("--archive", "yes"), "--archive yes: must be embedded, none, file:/PATH or postgresql://"),
+        (("--archive", "file:/no/such"), "--archive: /no/such cannot be read"),
+        (("--archive", "postgres://a:secret@localhost/x"), "--archive: a password does not belong into a command line"),
+        (("--archive", "postgres://a@localhost/x?password=secret"), "--archive: a password"),
         (("--shard", "3"), "No such option: --shard"),
         (("--shards", "0"), "--shards"),
         (("--slots", "4000"), "--slots"),

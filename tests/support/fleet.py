@@ -157,6 +157,7 @@ async def fleet(  # every keyword is one option of `up`
     gateways: int = 1,
     slots: int = 64,
     env: Mapping[str, str] | None = None,
+    archive: str = "none",
     options: tuple[str, ...] = (),
     wait: bool = True,
 ) -> AsyncGenerator[Fleet]:
@@ -168,12 +169,15 @@ async def fleet(  # every keyword is one option of `up`
         gateways: how many.
         slots: a small ring is quicker to look at.
         env: more environment; children of `up` inherit it (FLEETLM_SHARD_…, FLEETLM_GATEWAY_…, FLEETLM_CONTROLLER_…).
+        archive: option `--archive` ("": left out).
         options: more options of `up`.
         wait: False when the test expects it not to come up.
     """
     data.parent.mkdir(parents=True, exist_ok=True)
     output = data.parent / f"{data.name}.up.out"
     numbers = ["--port", "0", "--shards", str(shards), "--gateways", str(gateways), "--slots", str(slots)]
+    if archive:
+        numbers += ["--archive", archive]
     with output.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "fleetlm_cli.main", "up", "--data", str(data), *numbers, *options,

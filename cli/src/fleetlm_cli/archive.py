@@ -19,16 +19,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from fleetlm_cli.archivechoice import remembered
 from fleetlm_cli.exits import Exit, Failure
 from fleetlm_cli.show import Printer, printable
-from fleetlm_cli.target import JsonOption
+from fleetlm_cli.target import DATA_DEFAULT, JsonOption
 from fleetlm_cli.verify import volumes
 from fleetlm_shard.archive.compare import Comparison, compare
 from fleetlm_shard.archive.compare import prune as prune_weeks
 from fleetlm_shard.log_types import LogUnreadable
 
-URL_FILE: Final = "archive-url"
-"""In the folder of an `up`: where its archive is."""
 _SHOWN_MAX: Final = 20
 _AGE: Final = re.compile(r"(\d+)([dwy])")
 _DAYS: Final = {"d": 1, "w": 7, "y": 365}
@@ -38,7 +37,13 @@ archive = typer.Typer(
 )
 
 UrlFileOption = Annotated[
-    Path, typer.Option("--url-file", envvar="FLEETLM_ARCHIVE_URL_FILE", help="File with the database's URL.")
+    Path | None,
+    typer.Option(
+        "--url-file",
+        envvar="FLEETLM_ARCHIVE_URL_FILE",
+        help="File with the database's URL.",
+        show_default="what that `up` archives to",
+    ),
 ]
 
 
@@ -46,11 +51,11 @@ UrlFileOption = Annotated[
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A shard's volume, or the folder of an `up`.")],
     *,
-    url_file: UrlFileOption,
+    url_file: UrlFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare each log with the archive, message by message, up to where the archive has come."""
-    dsn = _dsn(url_file)
+    dsn = _dsn(url_file, folder)
     printer = Printer(as_json=as_json)
     ok = True
     for volume in volumes(folder):
@@ -68,7 +73,8 @@ def verify(
 def prune(
     *,
     older_than: Annotated[str, typer.Option(help="For example 90d, 26w, 2y.")],
-    url_file: UrlFileOption,
+    url_file: UrlFileOption = None,
+    data: Annotated[Path, typer.Option("--data", help="Folder of an `up`, without --url-file.")] = DATA_DEFAULT,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete messages of the weeks that ended longer ago; their readers get a gap."""
@@ -77,7 +83,7 @@ def prune(
         raise Failure(
             f"--older-than {older_than!r} must be a number with d, w or y, for example 90d", status=Exit.USAGE
         )
-    dsn = _dsn(url_file)
+    dsn = _dsn(url_file, data)
     before_us = time.time_ns() // 1000 - int(matched[1]) * _DAYS[matched[2]] * 86_400_000_000
     day = f"{datetime.fromtimestamp(before_us / 1e6, UTC):%Y-%m-%d}"
     if not yes:
@@ -89,11 +95,17 @@ def prune(
     typer.echo(f"deleted {len(gone)} weeks that ended before {day}")
 
 
-def _dsn(url_file: Path) -> str:
+def _dsn(url_file: Path | None, data: Path) -> str:
+    """The URL in the file, else that of the `up` in `data`."""
+    if url_file is None:
+        chosen = remembered(data)
+        if chosen is None or not chosen.url_file:
+            raise Failure(f"{data} is no `up` with an archive; say --url-file", status=Exit.USAGE)
+        url_file = Path(chosen.url_file)
     try:
         return url_file.read_text().strip()
     except OSError as error:
-        raise Failure(f"--url-file {url_file} cannot be read: {error.strerror}", status=Exit.USAGE) from error
+        raise Failure(f"the archive's URL: {url_file} cannot be read: {error.strerror}", status=Exit.USAGE) from error
 
 
 def _away(error: Exception) -> Failure:

@@ -108,6 +108,8 @@ def own_up(folder: Path, *, shards: int, end: signal.Signals = signal.SIGTERM) -
         "0",
         "--shards",
         str(shards),
+        "--archive",
+        "none",
     ]
     with output.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)  # noqa: S603 - our own

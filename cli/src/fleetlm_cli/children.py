@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fleetlm_cli.archivechoice import POSTGRES_FOLDER, ArchiveChoice
 from fleetlm_cli.ports import HOST
 from fleetlm_cli.supervisor import ChildSpec
 from fleetlm_cli.upfile import Up, UpProcess
@@ -19,6 +20,10 @@ from fleetlm_common.control import RingSpec
 from fleetlm_common.ring import RingMap
 
 CONTROLLER: Final = "controller"
+ARCHIVE: Final = "archive"
+ARCHIVE_STOP_S: Final = 30.0
+"""PostgreSQL writes its buffers; shards, which archive, have ended before."""
+NO_ARCHIVE: Final = ArchiveChoice()
 FIRST_GATEWAY: Final = "gateway-0"
 GATEWAY_STOP_S: Final = 30.0
 """A gateway tells its clients `draining`, spreads their leaving and answers what is in flight."""
@@ -39,6 +44,7 @@ class Layout:
     """In the ring's order."""
     gateways: int
     ports: Mapping[str, int]
+    archive: ArchiveChoice = NO_ARCHIVE
 
     @property
     def control(self) -> Path:
@@ -93,14 +99,15 @@ def shards_to_run(spec: RingSpec, ring_map: RingMap | None) -> tuple[str, ...]:
 def port_names(*, shards: tuple[str, ...], gateways: int) -> list[str]:
     """Every listener; the controller has an operations port only."""
     serving = [*gateway_names(gateways), *shards]
-    return [*serving, *map(ops_name, [*serving, CONTROLLER])]
+    return [*serving, *map(ops_name, [*serving, CONTROLLER, ARCHIVE])]
 
 
 def child_specs(layout: Layout, env: Mapping[str, str]) -> list[ChildSpec]:
     """Every process of `layout`, on top of the environment `env`."""
     shards = [shard_spec(layout, env, name) for name in layout.shard_names]
     gateways = [_gateway(layout, env, name) for name in layout.gateway_names]
-    return [_controller(layout, env), *shards, *gateways]
+    archive = [_archive(layout, env)] if layout.archive.kind == "embedded" else []
+    return [*archive, _controller(layout, env), *shards, *gateways]
 
 
 def _gateway(layout: Layout, env: Mapping[str, str], name: str) -> ChildSpec:
@@ -122,12 +129,30 @@ def shard_spec(layout: Layout, env: Mapping[str, str], name: str) -> ChildSpec:
         "OPS_LISTEN": f"{HOST}:{layout.ports[ops_name(name)]}",
         "CREDENTIAL_FILE": str(layout.credential),
     }
+    if layout.archive.url_file:
+        own["ARCHIVE_URL_FILE"] = layout.archive.url_file
     return _child(layout, env, name, module="fleetlm_shard", own=own, stage=1, stop_s=SHARD_STOP_S)
 
 
 def _controller(layout: Layout, env: Mapping[str, str]) -> ChildSpec:
     own = {"OPS_LISTEN": f"{HOST}:{layout.ports[ops_name(CONTROLLER)]}"}
     return _child(layout, env, CONTROLLER, module="fleetlm_operator", own=own, stage=2, stop_s=CONTROLLER_STOP_S)
+
+
+def _archive(layout: Layout, env: Mapping[str, str]) -> ChildSpec:
+    own = {
+        "DATA": str(layout.folder / POSTGRES_FOLDER),
+        "LOG": str(layout.logs / "postgres.log"),
+        "OPS_LISTEN": f"{HOST}:{layout.ports[ops_name(ARCHIVE)]}",
+    }
+    return ChildSpec(
+        name=ARCHIVE,
+        arguments=("-m", "fleetlm_cli.archivechild"),
+        env={**env, **{f"FLEETLM_ARCHIVEDB_{key}": value for key, value in own.items()}},
+        ops_url=layout.ops_url(ARCHIVE),
+        stage=3,
+        stop_s=ARCHIVE_STOP_S,
+    )
 
 
 def _child(
@@ -157,6 +182,9 @@ def describe(layout: Layout, *, pid: int, pids: Mapping[str, int]) -> Up:
         if name in pids
     ]
     controller = UpProcess(CONTROLLER, "controller", pids[CONTROLLER], ops_url=layout.ops_url(CONTROLLER))
+    archive = [
+        UpProcess(ARCHIVE, "archive", pids[ARCHIVE], ops_url=layout.ops_url(ARCHIVE)) for _ in range(ARCHIVE in pids)
+    ]
     url = layout.url(FIRST_GATEWAY)
     socket_url = f"ws{url.removeprefix('http')}/socket/websocket"
-    return Up(pid, url, socket_url, (*gateways, *shards, controller))
+    return Up(pid, url, socket_url, (*gateways, *shards, controller, *archive))

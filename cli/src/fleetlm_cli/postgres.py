@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import tempfile
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -29,7 +31,7 @@ _POLL_S: Final = 0.02
 _OWN_UID: Final = "1000"
 _SETTINGS: Final = {
     "listen_addresses": "",
-    "max_connections": "50",
+    "max_connections": "300",  # two or three a shard
     # One machine shared with everything else that `up` runs.
     "shared_buffers": "64MB",
     "max_wal_size": "256MB",
@@ -55,8 +57,7 @@ class Postgres:
         self.folder = folder
         self.log = log
         self._settings = {**_SETTINGS, **(settings or {})}
-        self._socket_folder = folder
-        self._made_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._socket_folder = _socket_folder(folder)
         self._process: asyncio.subprocess.Process | None = None
         self._guard: asyncio.subprocess.Process | None = None
 
@@ -77,10 +78,10 @@ class Postgres:
         Raises:
             PostgresFailed: it does not.
         """
-        if not (self.folder / "PG_VERSION").exists():
+        if not self.folder.exists():
             await self._initialize()
         await self._end_elder()
-        self._choose_socket_folder()
+        self._make_socket_folder()
         settings = {**self._settings, "unix_socket_directories": str(self._socket_folder)}
         with self.log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
@@ -108,9 +109,6 @@ class Postgres:
             guard.kill()
             await guard.wait()
         self._process = self._guard = None
-        if self._made_folder is not None:
-            self._made_folder.cleanup()
-            self._made_folder = None
 
     async def crash(self) -> None:
         """End at once, as in a crash; `start` recovers."""
@@ -122,15 +120,19 @@ class Postgres:
         return await self._process.wait()
 
     async def _initialize(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Beside the folder, which is there only when all of it is."""
+        new = self.folder.with_name(self.folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700, parents=True)
         process = await asyncio.create_subprocess_exec(
-            *command("initdb", "-D", str(self.folder), "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C",
+            *command("initdb", "-D", str(new), "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C",
                      "--no-instructions"),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         output, _ = await process.communicate()
         if process.returncode:
             raise PostgresFailed(f"initdb: {output.decode(errors='replace').strip()}")
+        new.rename(self.folder)  # initdb has synced what is in it; a name that is lost costs an initdb
 
     async def _end_elder(self) -> None:
         """End a server that still runs on this folder: one that was left when its `up` was killed a moment ago."""
@@ -142,12 +144,14 @@ class Postgres:
                 os.kill(pid, signal.SIGINT)
             await asyncio.sleep(_POLL_S)
 
-    def _choose_socket_folder(self) -> None:
-        if len(os.fsencode(self.folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX:
-            self._socket_folder = self.folder
-        else:
-            self._made_folder = tempfile.TemporaryDirectory(prefix="fleetlm-postgres-")
-            self._socket_folder = Path(self._made_folder.name)
+    def _make_socket_folder(self) -> None:
+        """Somebody else's folder under that name would let them answer in our place."""
+        if self._socket_folder == self.folder:
+            return
+        self._socket_folder.mkdir(mode=0o700, exist_ok=True)
+        found = self._socket_folder.stat(follow_symlinks=False)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PostgresFailed(f"{self._socket_folder} is not ours alone; remove it")
 
     async def _answering(self) -> None:
         assert self._process is not None, "it was started"
@@ -175,6 +179,14 @@ class Postgres:
         finally:
             await connection.close()
         return True
+
+
+def _socket_folder(folder: Path) -> Path:
+    """Where the socket is: in the data folder, or, if its path is too long for one, in a short one named after it."""
+    if len(os.fsencode(folder / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX:
+        return folder
+    name = blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"fleetlm-postgres-{os.geteuid()}-{name}"
 
 
 def _server_on(folder: Path) -> int | None:

@@ -17,13 +17,15 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, TextIO
 
 import typer
 
+from fleetlm_cli import archivechoice, ports, upfile
 from fleetlm_cli import folder as folders
-from fleetlm_cli import ports, upfile
+from fleetlm_cli.archivechoice import ARCHIVE_HELP
 from fleetlm_cli.children import FIRST_GATEWAY, Layout, child_specs, describe, port_names, shards_to_run
 from fleetlm_cli.exits import Exit, Failure
 from fleetlm_cli.following import Follower
@@ -59,17 +61,15 @@ def up(
         int | None,
         typer.Option(min=SLOTS_MIN, max=SLOTS_MAX, help=f"Slots of a new ring, for life (without it {SLOTS_DEFAULT})."),
     ] = None,
-    archive: Annotated[str, typer.Option(help="none; `embedded` and URLs are not built yet.")] = "none",
+    archive: Annotated[str | None, typer.Option(help=ARCHIVE_HELP)] = None,
 ) -> None:
     """Run shards, gateways and a controller on this machine until Ctrl-C."""
-    if archive != "none":
-        raise Failure(
-            f"--archive {archive}: the archive is not built yet; leave the option out (or say none)", status=Exit.USAGE
-        )
     os.umask(0o077)  # for every file of ours and of the children
+    wanted = None if archive is None else archivechoice.parse(archive)
     folder = data.absolute()
     with folders.held(folder):
         layout = _prepare(folder, port=port, shards=shards, gateways=gateways, slots=slots)
+        layout = replace(layout, archive=archivechoice.choose(folder, wanted))
         status = asyncio.run(_run(layout))
     if status is not Exit.DONE:
         raise typer.Exit(status)
@@ -196,7 +196,7 @@ def _interrupt(stop: asyncio.Event, work: asyncio.Task[bool]) -> None:
     if stop.is_set():
         work.cancel()
         return
-    _say("stopping: gateways, then shards, then the controller (again to end at once)")
+    _say("stopping: gateways, then shards, then the rest (again to end at once)")
     stop.set()
 
 
@@ -225,6 +225,7 @@ FleetLM is ready: {shards}, {_count(layout.gateways, "gateway")}, on this machin
   WebSocket  {found.websocket_url}
   REST       {found.url}/v1
   Data       {layout.folder}
+  Archive    {archivechoice.shown(layout.archive)}
 
 Try in another terminal:
 

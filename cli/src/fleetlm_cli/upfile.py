@@ -16,7 +16,7 @@ import msgspec
 from fleetlm_cli.exits import Exit, Failure
 
 UP_FILE: Final = "up.json"
-ProcessKind = Literal["gateway", "shard", "controller"]
+ProcessKind = Literal["gateway", "shard", "controller", "archive"]
 
 
 class UpProcess(msgspec.Struct, frozen=True, omit_defaults=True):
