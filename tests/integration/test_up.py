@@ -128,12 +128,12 @@ async def test_a_second_up_disturbs_nothing(tmp_path: Path) -> None:
         await append(running, "undisturbed")
 
 
-async def test_another_number_of_shards_is_held(tmp_path: Path) -> None:
-    """The ring keeps its shards until slots can move: `up` says so and runs what is there."""
+async def test_shards_are_for_new_rings(tmp_path: Path) -> None:
+    """Another number does not change a ring that is there: `up` names the command that does, and runs what is there."""
     async with fleet(tmp_path / "ring", shards=1) as running:
         await append(running, "here")
     async with fleet(tmp_path / "ring", shards=2) as running:
-        assert "--shards 2 is held" in running.printed()
+        assert "`fleetlm shards scale 2` changes that" in running.printed()
         assert running.names == ["gateway-0", "shard-0", "controller"]
         assert await contents(running) == ["here"]
 
