@@ -28,7 +28,7 @@ from fleetlm_shard.ownership import Ownership
 from tests.support.eventually import eventually
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.support.shardrig import CONFIG, SLOTS, Rig, RigClock, shard_rig
-from tests.support.simdisk import SimVolume
+from tests.support.simdisk import Loss, SimVolume
 
 
 @dataclass
@@ -40,6 +40,8 @@ class MovesRig:
     clock: RigClock
     volumes: dict[ShardName, SimVolume]
     config: ShardConfig
+    own: dict[int, dict[str, object]] = field(default_factory=dict[int, dict[str, object]])
+    """Settings of single shards."""
     rigs: dict[ShardName, Rig] = field(default_factory=dict[ShardName, Rig])
     stacks: dict[ShardName, AsyncExitStack] = field(default_factory=dict[ShardName, AsyncExitStack])
     lives: int = 0
@@ -65,21 +67,28 @@ class MovesRig:
                 control=self.control,
                 process=f"{name}-{self.lives}",
                 name=name,
-                config=self.config,
+                config=msgspec.structs.replace(self.config, **self.own.get(number, {})),
             )
         )
         self.stacks[name] = stack
         return self.rigs[name]
 
-    async def kill(self, number: int) -> None:
-        """As SIGKILL; the volume stays."""
+    async def kill(self, number: int, *, loss: Loss | None = None) -> None:
+        """As SIGKILL, or as a loss of power; the volume stays. Harmless for one that is dead."""
         name = self.names[number]
-        del self.rigs[name]
+        rig = self.rigs.pop(name, None)
+        if rig is None:
+            return
+        volume = self.volumes[name]
+        for process in volume.processes():
+            volume.kill(process)
         await self.stacks.pop(name).aclose()
+        if loss is not None:
+            volume.power_loss(loss)
 
-    async def restart(self, number: int) -> Rig:
+    async def restart(self, number: int, *, loss: Loss | None = None) -> Rig:
         """Kill and boot."""
-        await self.kill(number)
+        await self.kill(number, loss=loss)
         return await self.start(number)
 
     # What a controller does ------------------------------------------------------------------------------------------
@@ -103,12 +112,12 @@ class MovesRig:
             ownership = rig.shard.ownership
             await eventually(partial(_has_acted, ownership, self.map.epoch), f"epoch {self.map.epoch} is acted on")
 
-    async def begin(self, slots: list[int], source: int, target: int) -> Move:
+    async def begin(self, slots: list[int], source: int, target: int, *, acted: bool = True) -> Move:
         """A move in `Copying`."""
         epoch = Epoch(self.map.epoch + 1)
         own = tuple(Slot(slot) for slot in sorted(slots))
         move = Move(f"{epoch}.1", own, self.names[source], self.names[target], "Copying", epoch)
-        await self.swap(moves=(*self.map.moves, move))
+        await self.swap(moves=(*self.map.moves, move), acted=acted)
         return move
 
     async def seal(self, move: Move, *, acted: bool = True) -> None:
@@ -117,9 +126,9 @@ class MovesRig:
         sealing = tuple(sealed if each.id == move.id else each for each in self.map.moves)
         await self.swap(moves=sealing, acted=acted)
 
-    async def abort(self, move: Move) -> None:
+    async def abort(self, move: Move, *, acted: bool = True) -> None:
         """The move is gone, the owner stays."""
-        await self.swap(moves=tuple(each for each in self.map.moves if each.id != move.id))
+        await self.swap(moves=tuple(each for each in self.map.moves if each.id != move.id), acted=acted)
 
     async def commit(self, move: Move, *, acted: bool = True) -> None:
         """The target is the owner."""
@@ -136,14 +145,16 @@ class MovesRig:
         said = () if rig is None else rig.shard.moves.progress
         return next((each for each in said if each.id == move.id), None)
 
-    async def says(self, move: Move, state: Literal["Copying", "Ready", "Confirmed", "Failed"]) -> MoveProgress:
+    async def says(
+        self, move: Move, state: Literal["Copying", "Ready", "Confirmed", "Failed"], *, timeout_s: float = 10.0
+    ) -> MoveProgress:
         """Wait until the target says so."""
 
         def says() -> bool:
             told = self.progress(move)
             return told is not None and told.state == state
 
-        await eventually(says, f"the target says {state}")
+        await eventually(says, f"the target says {state}", timeout_s=timeout_s)
         told = self.progress(move)
         assert told is not None
         return told
@@ -171,12 +182,14 @@ def session_in(slot: int, *, number: int = 0) -> str:
 
 
 @asynccontextmanager
-async def moves_rig(count: int = 2, **changes: object) -> AsyncGenerator[MovesRig]:
-    """Shards of which the first owns every slot; `changes` are settings."""
+async def moves_rig(
+    count: int = 2, own: dict[int, dict[str, object]] | None = None, **changes: object
+) -> AsyncGenerator[MovesRig]:
+    """Shards of which the first owns every slot; `changes` are settings, `own` those of single ones."""
     config = msgspec.structs.replace(CONFIG, **changes)
     control = MemoryControlPlane(RingSpec(uid="ring-1", slots=SLOTS, shards=count))
     names = [ShardName(f"shard-{number}") for number in range(count)]
-    ring = MovesRig(control, names, RigClock(), {name: SimVolume() for name in names}, config)
+    ring = MovesRig(control, names, RigClock(), {name: SimVolume() for name in names}, config, own or {})
     members = tuple(
         Member(name, "volume-1" if number == 0 else f"volume-of-{name}") for number, name in enumerate(names)
     )
