@@ -54,7 +54,9 @@ class Load:
             while True:
                 rig = self.owner(session)
                 with suppress(*NOT_THERE):
-                    if rig is not None and (client is None or of is not rig or client.lost.is_set()):
+                    if client is not None and (of is not rig or client.lost.is_set()):
+                        client = None
+                    if client is None and rig is not None:
                         client, of = await rig.client(), rig
                     if client is not None:
                         [ack] = await client.append(session, text)
