@@ -32,13 +32,13 @@ class Rig:
         self.server = server
         self.dsn = dsn
         self.ring = ShardRing(folder)
-        self._url = folder / "archive-url"
-        self._url.write_text(dsn + "\n")
+        self.url_file = folder / "archive-url"
+        self.url_file.write_text(dsn + "\n")
 
     @asynccontextmanager
     async def shard(self, env: Mapping[str, str] | None = None) -> AsyncGenerator[ShardProcess]:
         """A running member that archives."""
-        own = {"ARCHIVE_URL_FILE": str(self._url), **(env or {})}
+        own = {"ARCHIVE_URL_FILE": str(self.url_file), **(env or {})}
         async with self.ring.process(env=own) as shard:
             await self.ring.bind(shard.name)
             await shard.event("map.adopted")
@@ -128,6 +128,31 @@ async def test_everything_reaches_the_archive_and_metrics_say_so(tmp_path: Path)
         found = await connection.fetchval("SELECT read_seq FROM fleetlm.participants WHERE participant = 'bob'")
         await connection.close()
         assert found == 7
+
+
+async def test_the_url_may_come_later_and_change(tmp_path: Path) -> None:
+    """No file: the shard serves and says so. With the file, then with another URL in it, it archives: no restart."""
+    async with rig(tmp_path) as it:
+        url = it.url_file.read_text()
+        it.url_file.unlink()
+        async with it.shard() as shard, await shard.client() as client:
+            await append_some(client, ["s"], first=0, count=2)
+            await shard.wait_reason("ArchiveAway")
+            assert str(it.url_file) in (await shard.get("/health/ready"))[1]
+            it.url_file.write_text(url)
+            await caught_up(shard)
+            assert decoded(await it.archived()) == await log_of(client, ["s"])
+            connection = await asyncpg.connect(it.dsn)
+            await connection.execute("CREATE ROLE other LOGIN SUPERUSER")
+            it.url_file.write_text(it.dsn.replace("//fleetlm@", "//other@"))
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fleetlm shard-0'"
+            )
+            await append_some(client, ["s"], first=2, count=1)
+            await caught_up(shard)
+            used = "SELECT usename FROM pg_stat_activity WHERE application_name = 'fleetlm shard-0'"
+            assert await connection.fetchval(used) == "other"
+            await connection.close()
 
 
 async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_path: Path) -> None:

@@ -315,6 +315,9 @@ WORDS: list[tuple[ShardWord, str, str]] = [
     (ShardWord(ok=False, reason="DiskFull", message="no space"), "DiskFull", "ShardsNotReady"),
     (ShardWord(ok=False, reason="MapUnavailable", message="no API server"), "ShardsNotReady", "ShardsNotReady"),
     (ShardWord(ok=True, reason="LogDamaged", message="2 ranges"), "LogDamaged", "Serving"),
+    (ShardWord(ok=True, reason="ArchiveAway", message="no such file: url"), "ArchiveAway", "Serving"),
+    (ShardWord(ok=True, reason="ArchiveRefused", message="of another ring"), "ArchiveRefused", "Serving"),
+    (ShardWord(ok=True, reason="ArchiveDiverged", message="slot 7"), "ArchiveDiverged", "Serving"),
 ]
 
 

@@ -55,6 +55,19 @@ class Retention(Part, frozen=True):
     max_age_seconds: int = 0
 
 
+class SecretKey(Part, frozen=True):
+    """One key of a Secret."""
+
+    name: str
+    key: str = "url"
+
+
+class Archive(Part, frozen=True):
+    """PostgreSQL that gets every message."""
+
+    secret_ref: SecretKey
+
+
 class Idempotency(Part, frozen=True):
     """How long keys are remembered."""
 
@@ -146,6 +159,7 @@ class Spec(Part, frozen=True):
     log: Log = Log()
     hot: Hot = Hot()
     retention: Retention = Retention()
+    archive: Archive | None = None
     idempotency: Idempotency = Idempotency()
     resources: Resources = Resources()
     scheduling: Scheduling = Scheduling()

@@ -13,6 +13,14 @@ LOST_WORDS: Final = frozenset({"VolumeLost", "ForeignVolume"})
 """A shard's words for: this is not the volume that the ring map binds me to."""
 UNREADABLE_WORDS: Final = frozenset({"VolumeUnreadable", "LogUnreadable"})
 """A shard's words for: a person must look at the volume before I serve anything from it."""
+ARCHIVE_WORDS: Final = (
+    "ArchiveDiverged",
+    "ArchiveRefused",
+    "ArchiveFeedBroken",
+    "ArchiveAway",
+    "ArchiveQuarantined",
+)
+"""A shard's words for: I serve, and the archive does not get everything; the worst first."""
 WORD_CHARS_MAX: Final = 300
 """Of a shard's own sentence."""
 NAMED_MAX: Final = 4

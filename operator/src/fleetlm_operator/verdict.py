@@ -19,7 +19,7 @@ from fleetlm_operator.planning import volumes_lost
 from fleetlm_operator.resources import DEPLOYMENTS
 from fleetlm_operator.ringplan import Apply, Plan, view_of
 from fleetlm_operator.rolling import Block, Trouble, trouble_of
-from fleetlm_operator.telling import LOST_WORDS, UNREADABLE_WORDS, listed, said_by, word_of
+from fleetlm_operator.telling import ARCHIVE_WORDS, LOST_WORDS, UNREADABLE_WORDS, listed, said_by, word_of
 
 MESSAGE_CHARS_MAX: Final = 1000
 """Of a condition's message; the schema takes 1,024."""
@@ -50,6 +50,11 @@ DegradedReason = Literal[
     "ShardsNotReady",
     "LogDamaged",
     "GatewaysNotReady",
+    "ArchiveDiverged",
+    "ArchiveRefused",
+    "ArchiveFeedBroken",
+    "ArchiveAway",
+    "ArchiveQuarantined",
 ]
 StalledReason = Literal[
     "NotStalled",
@@ -352,6 +357,7 @@ def _degraded(facts: _Facts, operation: str, stalled: Said) -> Said:
             ("ShardsNotReady", _shards_missed(facts, operation, stalled)),
             ("LogDamaged", said_by(seen, frozenset({"LogDamaged"}))),
             ("GatewaysNotReady", _gateways_missed(facts, operation)),
+            *((word, said_by(seen, frozenset({word}))) for word in ARCHIVE_WORDS),
         ]
     for reason, text in findings:
         if text:

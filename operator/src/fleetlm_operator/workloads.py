@@ -33,7 +33,7 @@ from fleetlm_common.kubenames import (
     shard_workload,
 )
 from fleetlm_operator.quantity import bytes_of
-from fleetlm_operator.ringspec import Images, Resources, Ring, Scheduling
+from fleetlm_operator.ringspec import Archive, Images, Resources, Ring, Scheduling
 
 TEMPLATE_LABEL: Final = "fleetlm.io/template"
 """On pods: which template they were made from; a pod with another value than its StatefulSet's is outdated."""
@@ -41,6 +41,8 @@ RENDERING: Final = 1
 """The newest rendering of pod templates."""
 RENDERINGS: Final = frozenset({1})
 """Every rendering that some ring may still run."""
+ARCHIVE_MOUNT: Final = "/etc/fleetlm/archive"
+"""Where the Secret of the archive is; the documentation of `secretRef` names it."""
 USER_ID: Final = 65532
 """Who processes run as; the images know the same number."""
 GATEWAY_END_S: Final = 12
@@ -159,13 +161,26 @@ def _shard_pod(ring: Ring, images: Images) -> Object:
         resources=spec.resources,
     )
     container["volumeMounts"].append({"name": DATA_CLAIM, "mountPath": DATA_MOUNT})
-    return _pod(
+    pod = _pod(
         ring,
         "shard",
         container,
         scheduling=spec.scheduling,
         grace_s=spec.drain.termination_grace_period_seconds,
     )
+    if spec.archive is not None:
+        _add_archive(pod, spec.archive)
+    return pod
+
+
+def _add_archive(pod: Object, archive: Archive) -> None:
+    """Mount the Secret with the URL. A pod starts without it, too: a Secret that is lost costs the archive only."""
+    container = pod["containers"][0]
+    variable = f"FLEETLM_{container['name'].upper()}_ARCHIVE_URL_FILE"
+    container["env"].append({"name": variable, "value": f"{ARCHIVE_MOUNT}/{archive.secret_ref.key}"})
+    container["volumeMounts"].append({"name": "archive", "mountPath": ARCHIVE_MOUNT, "readOnly": True})
+    secret = {"secretName": archive.secret_ref.name, "defaultMode": 0o440, "optional": True}
+    pod["volumes"].append({"name": "archive", "secret": secret})
 
 
 def _gateway_pod(ring: Ring, images: Images) -> Object:

@@ -27,7 +27,7 @@ GC_THRESHOLD: Final = 50_000
 """Objects between two collections of the youngest generation: some thousand appends, which leave no cycles."""
 
 
-async def _run(config: ShardConfig, secret: bytes, archive_dsn: str) -> int:
+async def _run(config: ShardConfig, secret: bytes) -> int:
     clock = SystemClock()
     entropy = random.Random(os.urandom(32))
     control = from_url(
@@ -42,7 +42,7 @@ async def _run(config: ShardConfig, secret: bytes, archive_dsn: str) -> int:
         secret=secret,
         new_volume_id=os.urandom(16).hex(),
         boot_id=os.urandom(8).hex(),
-        archive_dsn=archive_dsn,
+        archive_dsn=f"file:{config.archive_url_file}" if config.archive_url_file else "",
         lanes=partial(thread_lanes, readers=READERS),
         exit_now=os._exit,
     )
@@ -69,14 +69,11 @@ def main() -> int:
     try:
         config = load(ShardConfig, prefix=PREFIX, env=os.environ)
         secret = secret_from_file(config.credential_file, variable=PREFIX + "CREDENTIAL_FILE")
-        archive_dsn = ""
-        if config.archive_url_file:
-            archive_dsn = secret_from_file(config.archive_url_file, variable=PREFIX + "ARCHIVE_URL_FILE").decode()
         _make_folder(Path(config.data))
         # Measured: with the defaults a third of the append path is spent looking for cycles that are not there.
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 20, 50)
-        return uvloop.run(_run(config, secret, archive_dsn))
+        return uvloop.run(_run(config, secret))
     except ConfigError as error:
         return fail(error, component="shard")
     except OSError as error:

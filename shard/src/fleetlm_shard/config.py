@@ -63,7 +63,7 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retention_age_s: Annotated[float, Meta(ge=0)] = 0.0
     """Delete segments whose newest message is older; 0: never."""
     archive_url_file: str = ""
-    """File with the PostgreSQL URL of the archive; empty: no archive. Never the URL itself: it may hold a password."""
+    """File with the PostgreSQL URL of the archive, read at each connection (it may hold a password); empty: none."""
     checkpoint_bytes: Positive = 64 * _MIB
     """Make a checkpoint when the log has grown by this: bounds what a boot reads."""
     checkpoint_sessions: Positive = 50_000

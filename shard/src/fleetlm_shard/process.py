@@ -85,7 +85,7 @@ class Outside:
     lanes: Callable[[asyncio.AbstractEventLoop], Lanes]
     """Makes the log's threads."""
     archive_dsn: str
-    """Where PostgreSQL is; empty: no archive."""
+    """Where PostgreSQL is, as `store.connect` takes it; empty: no archive."""
     exit_now: Callable[[int], NoReturn]
     """Ends the process before another line of it runs (`os._exit`)."""
 

@@ -45,7 +45,7 @@ class Library:
     """The archive as a place to read from. Used by the shard's loop.
 
     Args:
-        dsn: of the database.
+        dsn: of the database, as `connect` takes it.
         name: for its list of connections.
     """
 

@@ -3,7 +3,7 @@
     shard ──► Start, then Placed whenever its segments change, Durable whenever more is durable
     shard ◄── Report (`worker.py`) whenever it changes
 
-The database's URL travels here, for command lines and environments can be read by others. Must not be done here: I/O.
+Must not be done here: I/O.
 """
 
 from __future__ import annotations

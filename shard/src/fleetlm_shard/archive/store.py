@@ -10,6 +10,7 @@ stands in the archive is never overwritten. Must not be done here: deciding what
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import asyncpg
@@ -74,12 +75,25 @@ class Standing:
 async def connect(dsn: str, *, name: str) -> Connection[Record]:
     """A connection.
 
+    Args:
+        dsn: the database's URL, or `file:/PATH` of a file that holds it, read each time: passwords change.
+        name: for the server's list of connections.
+
     Raises:
         OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError: there is none.
     """
     return await asyncpg.connect(
-        dsn, timeout=CONNECT_S, command_timeout=COMMAND_S, server_settings={**_SETTINGS, "application_name": name}
+        _url(dsn), timeout=CONNECT_S, command_timeout=COMMAND_S, server_settings={**_SETTINGS, "application_name": name}
     )
+
+
+def _url(dsn: str) -> str:
+    if not dsn.startswith("file:"):
+        return dsn
+    url = Path(dsn.removeprefix("file:")).read_text().strip()
+    if not url:
+        raise ValueError(f"{dsn.removeprefix('file:')} is empty")
+    return url
 
 
 class Store:

@@ -88,7 +88,7 @@ class Worker:
     """Archives one volume. `run` is its one task.
 
     Args:
-        dsn: of the database.
+        dsn: of the database, as `connect` takes it.
         volume: whose log.
         feed: its records.
         report: called with the same `Report` object whenever it changed.
