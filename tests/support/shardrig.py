@@ -30,6 +30,7 @@ from fleetlm_shard.config import ShardConfig
 from fleetlm_shard.lanes import InlineLane, Lanes
 from fleetlm_shard.server import Credentials
 from fleetlm_shard.shard import Shard, World
+from fleetlm_shard.volume import Volume
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.support.rpcclient import RpcClient
 from tests.support.simdisk import SimVolume
@@ -177,6 +178,9 @@ async def shard_rig(
     def keep(work: Coroutine[None, None, None]) -> None:
         tasks.append(loop.create_task(work))
 
+    async def unheard(_: Volume) -> None:
+        """Nobody gives a volume up here."""
+
     inputs = BootInputs(
         config=config,
         disk=volume.process(process),
@@ -188,6 +192,7 @@ async def shard_rig(
         new_volume_id="volume-1" if name == NAME else f"volume-of-{name}",
         boot_id=f"boot-{process}",
         keep=keep,
+        announce=unheard,
     )
     rig = _make(await Boot(inputs).run(), inputs, control, clock)
     shard, writer = rig.shard, rig.writer

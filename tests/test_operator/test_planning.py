@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlm_common.control import Pin, RingSpec, View
-from fleetlm_common.ids import ShardName, Slot
-from fleetlm_common.ring import Member
+from fleetlm_common.ids import Epoch, ShardName, Slot
+from fleetlm_common.ring import Member, Move
 from fleetlm_operator.planning import plan
 from tests.test_operator.views import announced, first_map, seen
 
@@ -64,6 +64,38 @@ def test_a_lost_volume_is_said_and_never_bound_anew() -> None:
     assert decision.new_map is None
     assert decision.reason == "VolumeLost"
     assert "shard-1 lost its volume: the map binds it to volume-1, it announces empty" in decision.sentence
+
+
+def test_a_volume_that_people_gave_up_is_replaced() -> None:
+    """What its shard owns it gets anew, from the archive; its moves are gone; others keep theirs."""
+    before = msgspec.structs.replace(
+        first_map(),
+        moves=(
+            Move("1.1", (Slot(0),), ShardName("shard-0"), ShardName("shard-1"), "Sealing", Epoch(1)),
+            Move("1.2", (Slot(1),), ShardName("shard-0"), ShardName("shard-2"), "Copying", Epoch(1)),
+        ),
+    )
+    view = seen(announced(0), announced(1, volume_id="fresh", ready=False), announced(2), ring_map=before)
+    view = msgspec.structs.replace(view, spec=msgspec.structs.replace(view.spec, given_up=("volume-1",)))
+    decision = plan(view)
+    assert decision.reason == "VolumeReplaced"
+    after = decision.new_map
+    assert after is not None
+    assert (after.epoch, after.member(ShardName("shard-1"))) == (2, Member(ShardName("shard-1"), "fresh"))
+    assert [move.id for move in after.moves] == ["1.2"]
+    for one, two in zip(before.owners(), after.owners(), strict=True):
+        assert one.owner == two.owner
+        assert (two.epoch, two.via) == ((2, "2.0") if two.owner == "shard-1" else (one.epoch, one.via))
+    assert plan(msgspec.structs.replace(view, map=after)).reason != "VolumeReplaced", "done once"
+
+
+@pytest.mark.parametrize("volume_id", ["volume-1", "volume-2", "lost-too"])
+def test_a_volume_is_replaced_only_by_one_that_is_nobodys(volume_id: str) -> None:
+    """Not by itself, not by another member's, not by one that was given up as well."""
+    view = seen(announced(0), announced(1, volume_id=volume_id), announced(2), ring_map=first_map())
+    spec = msgspec.structs.replace(view.spec, given_up=("volume-1", "lost-too"))
+    decision = plan(msgspec.structs.replace(view, spec=spec))
+    assert decision.new_map is None
 
 
 def test_a_shard_that_is_away_is_waited_for() -> None:

@@ -20,7 +20,7 @@ from fleetlm_shard.archive.rows import rows_of
 from fleetlm_shard.archive.schema import VERSION, WEEK_US, partition_name
 from fleetlm_shard.archive.store import Standing, Store, Volume, connect
 from fleetlm_shard.archive.worker import Feed, Report, Worker
-from fleetlm_shard.records import CursorMoved, Record, SessionCreated
+from fleetlm_shard.records import CursorMoved, Record, SessionCreated, SessionImported
 from tests.support.logkit import AT_US, message
 from tests.support.postgres import empty_database, running
 
@@ -61,6 +61,16 @@ async def fetch(dsn: str, query: str) -> list[tuple[object, ...]]:
 def of(*records: Record, at: int = 100) -> list[tuple[int, Record]]:
     """Records with positions."""
     return [(at + number, record) for number, record in enumerate(records)]
+
+
+async def test_what_a_move_brought_says_what_its_source_may_not_have_archived(server: Postgres) -> None:
+    """Metadata and read cursors stand in STATE at the target; the source may leave before its archiver was there."""
+    dsn = await empty_database(server)
+    state = SessionImported(3, "s", 7, 0, AT_US, b'{"topic":"x"}', {"reader": 5})
+    async with a_store(dsn) as (store, _):
+        await store.write(rows_of(of(state, CursorMoved(3, "s", "reader", 4)), without=()), from_pos=0, to_pos=500)
+    assert await fetch(dsn, "SELECT slot, last_seq, metadata FROM fleetlm.sessions") == [(3, 0, b'{"topic":"x"}')]
+    assert await fetch(dsn, "SELECT participant, read_seq FROM fleetlm.participants") == [(b"reader", 5)]
 
 
 async def test_a_batch_is_there_once_however_often_it_is_written(server: Postgres) -> None:

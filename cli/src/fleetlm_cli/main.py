@@ -21,6 +21,7 @@ from fleetlm_cli.archive import archive
 from fleetlm_cli.bench import bench
 from fleetlm_cli.exits import Failure
 from fleetlm_cli.move import move
+from fleetlm_cli.restore import restore
 from fleetlm_cli.ring import ring
 from fleetlm_cli.sessions import sessions
 from fleetlm_cli.shards import shards
@@ -73,6 +74,7 @@ app.command()(move)
 app.command()(verify)
 app.add_typer(ring, name="ring")
 app.add_typer(archive, name="archive")
+shards.command()(restore)
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 

@@ -41,7 +41,8 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """What people asked for: the ring's name for life, its slots (fixed for life), how many shards, and exceptions.
 
     Slots of a `cordoned` shard go to others while it is; it stays a member. A pin whose shard is cordoned or leaves
-    means nothing; of two pins for a slot the later one counts.
+    means nothing; of two pins for a slot the later one counts. `given_up` are ids of volumes that will not come back:
+    a shard that was bound to one is bound to the volume that it has now, and begins with what the archive has.
     """
 
     uid: str
@@ -49,6 +50,7 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     shards: int
     cordoned: tuple[ShardName, ...] = ()
     pins: tuple[Pin, ...] = ()
+    given_up: tuple[str, ...] = ()
 
 
 class MoveProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

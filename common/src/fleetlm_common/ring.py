@@ -36,7 +36,8 @@ class SlotRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     owner: ShardName
     epoch: Epoch
     via: str = ""
-    """Id of the move that made this owner; "" is the first assignment of a ring."""
+    """Id of the move that made this owner; "" is the first assignment of a ring, `<epoch>.0` a volume in place of one
+    that people gave up: the owner brings what the archive has (docs/archive.md)."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,6 +160,16 @@ def _check_moves(ring: RingMap) -> None:
                 raise ValueError(f"move {move.id} {complaint}")
         if any(owners[slot].owner != move.source for slot in move.slots):
             raise ValueError(f"move {move.id} takes slots that {move.source} does not own")
+
+
+def restored_via(epoch: Epoch) -> str:
+    """What stands in `via` when the owner's volume was replaced by the map of `epoch`."""
+    return f"{epoch}.0"
+
+
+def is_restored(via: str) -> bool:
+    """Whether the owner has to bring what the archive has."""
+    return via.endswith(".0")
 
 
 def ranges_from(owners: list[tuple[ShardName, Epoch]]) -> tuple[SlotRange, ...]:

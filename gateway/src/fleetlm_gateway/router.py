@@ -73,6 +73,7 @@ class Router:
         self._map: RingMap | None = None
         self._links: dict[str, ShardLink] = {}
         self._terms: dict[str, int] = {}
+        """By volume."""
         self._routes: list[Route] = []
         self._moved: dict[int, tuple[str, int]] = {}
         self._better: list[Callable[[], None]] = []
@@ -315,9 +316,12 @@ class Router:
         for member in ring.members:
             link = self._link(member.name)
             place = view.shards.get(member.name)
-            if place is None or place.term < self._terms.get(member.name, 0):
+            # Terms of two volumes say nothing about each other, and only the map's volume is served from.
+            if place is None or place.volume_id != member.volume_id:
                 continue
-            self._terms[member.name] = place.term
+            if place.term < self._terms.get(member.volume_id, 0):
+                continue
+            self._terms[member.volume_id] = place.term
             link.aim(Target(place.host, place.port, ring.uid, member.volume_id, place.term))
             if place.ready:
                 link.hurry()

@@ -3,9 +3,11 @@
     Join    a member more, without slots             Leave   a member less; it owned nothing and no move named it
     Begin   a move in `Copying`                      Seal    the move in `Sealing`
     Commit  owner = target, move gone                Abort   move gone, the owner stays
+    Rebind  a member's volume is another one: what it owns it gets anew, its moves are gone
 
 Promise: `after` makes epoch + 1 of exactly these steps; a step that the map does not allow raises (a map that exists is
-whole). Only Commit changes an owner. Must not be done here: deciding (`planning.py`, `moving.py`).
+whole). Only Commit changes an owner, only Rebind a volume. Must not be done here: deciding (`planning.py`,
+`moving.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Iterable
 import msgspec
 
 from fleetlm_common.ids import Epoch, ShardName, Slot
-from fleetlm_common.ring import Member, Move, RingMap, SlotRange, folded
+from fleetlm_common.ring import Member, Move, RingMap, SlotRange, folded, restored_via
 
 
 class Join(msgspec.Struct, frozen=True):
@@ -76,10 +78,19 @@ class Abort(msgspec.Struct, frozen=True):
         return f"aborted {told(self.move)}: {self.why}"
 
 
-Step = Join | Leave | Begin | Seal | Commit | Abort
+class Rebind(msgspec.Struct, frozen=True):
+    """`member.volume_id` takes the place of the volume that people gave up."""
+
+    member: Member
+
+    def __str__(self) -> str:
+        return f"bound {self.member.name} to volume {self.member.volume_id}, to be filled from the archive"
 
 
-def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:
+Step = Join | Leave | Begin | Seal | Commit | Abort | Rebind
+
+
+def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:  # noqa: C901 - one case a step
     """The map that follows `ring`.
 
     Raises:
@@ -94,6 +105,10 @@ def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:
         match step:
             case Join(member):
                 members.append(member)
+            case Rebind(member):
+                members = [member if each.name == member.name else each for each in members]
+                moves = {each.id: each for each in moves.values() if member.name not in (each.source, each.target)}
+                table = _owned_anew(table, member.name, epoch)
             case Leave(shard):
                 members = [member for member in members if member.name != shard]
             case Begin(slots, source, target):
@@ -116,6 +131,11 @@ def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:
         ranges=folded(table),
         moves=(*moves.values(), *begun),
     )
+
+
+def _owned_anew(table: list[SlotRange], owner: ShardName, epoch: Epoch) -> list[SlotRange]:
+    via = restored_via(epoch)
+    return [SlotRange(at.first, at.last, owner, epoch, via) if at.owner == owner else at for at in table]
 
 
 def told(move: Move) -> str:

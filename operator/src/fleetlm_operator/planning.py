@@ -2,7 +2,7 @@
 
     no map, shards missing        wait
     no map, every shard is there  make the first map: epoch 1, each member bound to the volume that it announced
-    another volume than the map's `VolumeLost`: say so and hold; never bind it anew (the data is gone, a person decides)
+    another volume than the map's `VolumeLost`: say so and hold; bound anew only if people gave the old one up
     asked for, announced          it joins, without slots
     a member, not asked for       it leaves when it owns nothing and says so itself
     uneven, pinned, cordoned      moves (`moving.py`)
@@ -23,7 +23,7 @@ from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, Member, RingMap, ranges_from
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
 from fleetlm_operator.assignment import assign
-from fleetlm_operator.mapsteps import Join, Leave, Step, after
+from fleetlm_operator.mapsteps import Join, Leave, Rebind, Step, after
 from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.moving import Moves, decide, is_bound, moving_words, stalled_words
 
@@ -32,6 +32,7 @@ Reason = Literal[
     "WaitingForShards",
     "FirstMap",
     "VolumeLost",
+    "VolumeReplaced",
     "Held",
     "MoveStalled",
     "ShardsNotReady",
@@ -136,6 +137,11 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decisio
     if (current.uid, current.slots) != (view.spec.uid, view.spec.slots):
         text = f"held: the map ({_at_epoch(current)}) belongs to another ring than the spec"
         return Decision(None, "Held", text, memory=memory)
+    rebound = _rebound(view, current)
+    if rebound:
+        anew = after(current, rebound)
+        sentence = f"{_told(rebound)} ({_at_epoch(anew)})"
+        return Decision(anew, "VolumeReplaced", sentence, steps=tuple(rebound), memory=memory)
     wanted = shard_names(view.spec)
     absent = [name for name in wanted if current.member(name) is None]
     memory = memory.awaiting(absent, now_s)
@@ -168,6 +174,15 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decisio
     reason: Reason = findings[0][0] if findings else "Steady"
     text = f"{sentence} ({_at_epoch(new_map or current)})" if sentence else f"steady at {_at_epoch(current)}, all ready"
     return Decision(new_map, reason, text, steps=tuple(steps), memory=memory, again_s=again_s, slots_left=left)
+
+
+def _rebound(view: View, current: RingMap) -> list[Step]:
+    """Shards whose volume people gave up, and that have another one, which is nobody's."""
+    given_up = set(view.spec.given_up)
+    bound = {member.name: member.volume_id for member in current.members}
+    found = {name: endpoint.volume_id for name, endpoint in volumes_lost(view).items() if bound[name] in given_up}
+    taken = Counter([*bound.values(), *given_up, *found.values()])
+    return [Rebind(Member(name, volume_id)) for name, volume_id in found.items() if taken[volume_id] == 1]
 
 
 def _findings(
@@ -254,7 +269,7 @@ def _lost_sentence(current: RingMap, lost: dict[ShardName, ShardEndpoint]) -> st
         f"{name} lost its volume: the map binds it to {bound[name]}, it announces {endpoint.volume_id}"
         for name, endpoint in lost.items()
     ]
-    return "; ".join(each) + "; bring the old volume back, its slots stay with it"
+    return "; ".join(each) + "; bring the old volume back, its slots stay with it (or give it up: docs/archive.md)"
 
 
 def _waiting_sentence(absent: list[ShardName], unready: list[ShardName]) -> str:

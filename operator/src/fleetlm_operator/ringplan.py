@@ -172,7 +172,12 @@ def view_of(seen: Observed) -> View:
     ready = {f"shard-{number}" for number, pod in seen.pods.items() if is_ready(pod)}
     shards = {name: msgspec.structs.replace(endpoint, ready=name in ready) for name, endpoint in seen.endpoints.items()}
     # Until the StatefulSet follows moves: no shard more or less than the map has.
-    spec = RingSpec(uid=seen.map_seen.ring_uid, slots=seen.map_seen.slots, shards=_shards(seen))
+    spec = RingSpec(
+        uid=seen.map_seen.ring_uid,
+        slots=seen.map_seen.slots,
+        shards=_shards(seen),
+        given_up=seen.ring.spec.given_up_volumes,
+    )
     return View(spec=spec, map=seen.map_seen.map, shards=shards)
 
 

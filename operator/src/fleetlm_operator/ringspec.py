@@ -168,6 +168,7 @@ class Spec(Part, frozen=True):
     drain: Drain = Drain()
     network_policy: Network = Network()
     volume_retention: VolumeRetention = VolumeRetention()
+    given_up_volumes: tuple[str, ...] = ()
     deletion_policy: Literal["Delete", "Orphan"] = "Delete"
     paused: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, View
 from fleetlm_common.ids import ShardName
 from fleetlm_common.ops import Health
+from fleetlm_common.ring import is_restored
 from fleetlm_shard.identity import read_identity
 from fleetlm_shard.ownership import lost_volume
 from fleetlm_shard.rebuild import Rebuilt, rebuild
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fleetlm_shard.config import ShardConfig
     from fleetlm_shard.disk import Disk
     from fleetlm_shard.recovery import LogStart
+    from fleetlm_shard.volume_types import StoredMap
 
 RETRY_S: Final = 0.5
 """Between two tries of something that only the outside can mend."""
@@ -57,6 +59,8 @@ class BootInputs:
     boot_id: str
     keep: Callable[[Coroutine[None, None, None]], None]
     """Runs `keep_term` beside everything else until the process ends."""
+    announce: Callable[[Volume], Awaitable[None]]
+    """Says which volume is here although nothing is served from it: people may give up the one that should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +171,37 @@ class Boot:
             else:
                 lost = lost_volume(ring, ShardName(self._inputs.config.name), volume.volume_id)
                 if lost is None:
-                    await asyncio.to_thread(volume.store_map, ring)
+                    if not self._begins_anew(ring, stored):
+                        await asyncio.to_thread(volume.store_map, ring)
                     return ring
                 self._say("VolumeLost", lost)
+                await self._announce(volume)
             await self._inputs.sleep(RETRY_S)
+
+    async def _announce(self, volume: Volume) -> None:
+        try:
+            await self._inputs.announce(volume)
+        except ControlPlaneUnavailable as error:
+            self._inputs.events.event("control.away", level="warning", error=str(error))
+
+    def _begins_anew(self, ring: RingMap, stored: StoredMap | None) -> bool:
+        """Whether this volume takes the place of one that was given up, and no log was begun on it since.
+
+        The map that says so is stored only after that: a log that vanishes later is a log that is lost.
+        """
+        shard = ShardName(self._inputs.config.name)
+        restored = any(each.owner == shard and is_restored(each.via) for each in ring.ranges)
+        if stored is None or stored.paper is None or not restored:
+            return restored
+        member, there = ring.member(shard), stored.paper.ring.member(shard)
+        return there is None or there != member
 
     def _read_log(self, volume: Volume, slots: int, ring: RingMap | None) -> tuple[Memory, Rebuilt, LogStart]:
         """Blocks; runs in a thread."""
         inputs = self._inputs
         boot = LogBoot.open(inputs.disk, volume, inputs.config.log_config(), entropy=inputs.entropy)
-        if boot.empty and ring is not None and ring.member(ShardName(inputs.config.name)) is not None:
+        member = None if ring is None else ring.member(ShardName(inputs.config.name))
+        if boot.empty and ring is not None and member and not self._begins_anew(ring, volume.stored_map()):
             # A shard makes its first segment before it announces itself: a member's log is never empty.
             raise LogLost(f"the ring map (epoch {ring.epoch}) binds this shard to this volume, but its log is gone")
         memory = Memory.empty(inputs.config, slots=slots, rows=boot)

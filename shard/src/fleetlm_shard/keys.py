@@ -66,7 +66,7 @@ class KeyWindow:
     def __init__(self, *, window_s: float, soft_max: int, hard_max: int) -> None:
         assert window_s >= KEY_AGE_S_MIN
         assert 1 <= soft_max <= hard_max
-        self._window_s = window_s
+        self.window_s = window_s
         self._soft_max = soft_max
         self._hard_max = hard_max
         # Values are packed: 100 bytes instead of 250, and nothing for the garbage collector to walk.
@@ -146,7 +146,7 @@ class KeyWindow:
                 break
             # A mark's keys are up to MARK_S younger than it says.
             age_s = now_s - marks[0].at_s - MARK_S
-            if not (age_s > self._window_s or (age_s > KEY_AGE_S_MIN and len(known) > self._soft_max)):
+            if not (age_s > self.window_s or (age_s > KEY_AGE_S_MIN and len(known) > self._soft_max)):
                 break
             for _ in range(marks.popleft().count):
                 name = order.popleft()

@@ -254,6 +254,21 @@ class Ownership:
             self._news()
             self._log.event("map.adopted", epoch=ring.epoch, slots=len(mine), opened=len(fresh))
 
+    async def act_again(self) -> None:
+        """Open what the log holds by now of what the newest map gives. Must not be cancelled, as `adopt`.
+
+        Raises:
+            VolumeError, LogError: the process must end.
+        """
+        async with self._adopting:
+            assert self.map is not None, "there was a map to act on"
+            fresh = self._take(self.map, self.map.slots_of(self._shard))
+            if fresh:
+                await self._open_slots(fresh)
+                self._holdings.opened.update(fresh)
+                self.serves |= fresh.keys() - self.sealed.keys()
+            self._news()
+
     def _take(self, ring: RingMap, mine: dict[Slot, Epoch]) -> dict[Slot, Epoch]:
         """Change at once what may be read and written; returns the slots that must be opened before they are."""
         opened, confirmed = self._holdings.opened, self._holdings.confirmed

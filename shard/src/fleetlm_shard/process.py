@@ -29,11 +29,13 @@ from fleetlm_common.control import ControlPlaneUnavailable, ShardEndpoint
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ops import Health, OpsServer
 from fleetlm_common.outofmemory import end_when_out_of_memory
+from fleetlm_common.ring import is_restored
 from fleetlm_shard import admin
 from fleetlm_shard.archive.archiver import Archiver, Source
 from fleetlm_shard.archive.feed import Segment
 from fleetlm_shard.archive.library import Library
 from fleetlm_shard.archive.link import Start
+from fleetlm_shard.archive.restore import Restore
 from fleetlm_shard.boot import Boot, Booted, BootInputs, LogLost
 from fleetlm_shard.config import PREFIX
 from fleetlm_shard.log_types import LogError, LogUnreadable
@@ -117,13 +119,15 @@ class ShardProcess:
                 new_volume_id=outside.new_volume_id,
                 boot_id=outside.boot_id,
                 keep=lambda work: self._run("keep_term", self._kept(work)),
+                announce=lambda volume: outside.control.announce(self._endpoint(volume, ready=False)),
             )
         )
         self._refused: Health | None = None
         self._volume: Volume | None = None
         self._shard: Shard | None = None
         self._listener: asyncio.Server | None = None
-        self._address = ("", 0)
+        host, port = host_port(config.listen, variable=PREFIX + "LISTEN")
+        self._address = (config.advertise_host or host, port)
         self._ops_port = 0
         registry = CollectorRegistry()
         self._histograms = Histograms(registry)
@@ -195,6 +199,19 @@ class ShardProcess:
             shard.archiver = self._archiver(shard, booted.volume)
             shard.cold.shelves = Library(self._outside.archive_dsn, name=f"fleetlm {self._config.name} reader")
             self._run("archive", shard.archiver.run())
+        if any(map(is_restored, shard.ownership.unconfirmed.values())):
+            shard.restore = Restore(
+                self._outside.archive_dsn,
+                writes=shard.writes,
+                sessions=shard.memory.sessions,
+                keys=shard.memory.keys,
+                holdings=shard.holdings,
+                ownership=shard.ownership,
+                clock=self._outside.clock,
+                entropy=self._outside.entropy,
+                events=self._events,
+            )
+            self._run("restore", shard.restore.run())
         self._run("announce", self._announce(booted.volume, shard))
         self._run("watch", shard.ownership.watch())
         self._run("upkeep", shard.upkeep.run())
@@ -336,7 +353,7 @@ class ShardProcess:
             shard.server.close()
             await self._flushed(shard)
         # The archiver has its own process: it ends with what it hears from us.
-        self._cancel("announce", "keep_term", "archive")
+        self._cancel("announce", "keep_term", "archive", "restore")
         if self._volume is not None:
             with suppress(ControlPlaneUnavailable, TimeoutError):
                 async with asyncio.timeout(FLUSH_S):

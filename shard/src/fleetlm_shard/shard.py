@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from fleetlm_common.ring import RingMap
     from fleetlm_shard.appender import Durable
     from fleetlm_shard.archive.archiver import Archiver
+    from fleetlm_shard.archive.restore import Restore
     from fleetlm_shard.config import ShardConfig
     from fleetlm_shard.lanes import Lanes
     from fleetlm_shard.rebuild import Rebuilt
@@ -124,6 +125,8 @@ class Shard:
         self.stopped: BaseException | None = None
         self.archiver: Archiver | None = None
         """Set by the process if there is an archive."""
+        self.restore: Restore | None = None
+        """Set by the process if its volume took the place of one that was given up."""
         self._world = world
         self._slots = slots
         self.log = Log(
@@ -298,9 +301,7 @@ class Shard:
         if self.log.full:
             return Health(ok=False, reason="DiskFull", message="the volume has no space for a further segment")
         if self.ownership.unconfirmed:
-            move = next(iter(self.ownership.unconfirmed.values()))
-            words = f"the ring map gives slots to this shard by move {move}, which its volume does not hold"
-            return Health(ok=False, reason="MoveNotHere", message=words)
+            return self._unconfirmed()
         if self.ownership.opening:
             return Health(ok=False, reason="OpeningSlots", message="slots of the ring map are being opened")
         if self.log.damage:
@@ -311,6 +312,13 @@ class Shard:
             return archive
         words = "; ".join(filter(None, (f"{len(self.ownership.readable)} slots", self.moves.words)))
         return Health(ok=True, reason="Ready", message=words)
+
+    def _unconfirmed(self) -> Health:
+        if self.restore is not None and not self.restore.done:
+            return self.restore.health()
+        move = next(iter(self.ownership.unconfirmed.values()))
+        words = f"the ring map gives slots to this shard by move {move}, which its volume does not hold"
+        return Health(ok=False, reason="MoveNotHere", message=words)
 
     async def close(self, *, checkpoint: bool) -> None:
         """Graceful end after `drain`: what is queued becomes durable, a checkpoint shortens the next boot.

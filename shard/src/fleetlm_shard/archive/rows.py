@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from fleetlm_shard.archive.errors import Diverged
-from fleetlm_shard.records import CursorMoved, Message, SessionCreated
+from fleetlm_shard.records import CursorMoved, Message, SessionCreated, SessionImported
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -73,6 +73,13 @@ def rows_of(records: Iterable[tuple[int, Record]], *, without: Collection[int]) 
             _session(rows, session, record.slot, 0)
             place = (record.participant.encode(), session)
             rows.read[place] = max(record.seq, rows.read.get(place, 0))
+        elif isinstance(record, SessionImported) and record.slot not in without:
+            session = record.session.encode()
+            row = _session(rows, session, record.slot, record.inserted_at_us)
+            row.metadata = record.metadata
+            for participant, seq in record.cursors.items():
+                place = (participant.encode(), session)
+                rows.read[place] = max(seq, rows.read.get(place, 0))
     return rows
 
 
