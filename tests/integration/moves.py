@@ -226,8 +226,8 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }
 
 
-async def moves_run(folder: Path, operation: Operation, *, kills: bool, seed: int) -> Outcome:
-    """One operation under load in a folder of its own."""
+async def moves_run(folder: Path, operation: Operation, *, kills: bool, seed: int, archive: str = "none") -> Outcome:
+    """One operation under load in a folder of its own; with an archive that one is killed, too."""
     plan = Plan(kills=0, seed=seed, shards=3, gateways=2, sessions=8, writers=6, readers=4, write_pause_s=0.02)
     outcome = Outcome(Report(plan))
 
@@ -238,7 +238,7 @@ async def moves_run(folder: Path, operation: Operation, *, kills: bool, seed: in
         found = (await mover.view()).map
         outcome.epoch = 0 if found is None else found.epoch
 
-    outcome.report = await under_load(folder, script, plan=plan)
+    outcome.report = await under_load(folder, script, plan=plan, archive=archive)
     return outcome
 
 

@@ -96,6 +96,7 @@ async def under_load(
     proxied: Proxied = "nothing",
     plan: Plan | None = None,
     env: Mapping[str, str] | None = None,
+    archive: str = "none",
 ) -> Report:
     """One run in a folder of its own; see the module."""
     plan = plan or Plan(kills=0, seed=1, shards=2, gateways=2, sessions=4, writers=4, readers=3)
@@ -106,7 +107,9 @@ async def under_load(
             run.shard_proxies = proxies
             report = await run.whole()
     else:
-        async with fleet(ring, shards=plan.shards, gateways=plan.gateways, slots=16, env=env) as running:
+        async with fleet(
+            ring, shards=plan.shards, gateways=plan.gateways, slots=16, env=env, archive=archive
+        ) as running:
             run = FaultRun(plan, running, script)
             try:
                 if proxied == "clients":
