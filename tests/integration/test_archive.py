@@ -8,18 +8,22 @@ import signal
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import msgspec
 import psutil
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleetlm_cli.postgres import Postgres
+from fleetlm_common import rpc
 from fleetlm_shard.archive.compare import compare, prune
 from fleetlm_shard.archive.schema import WEEK_US
 from tests.support.postgres import empty_database, running
-from tests.support.rpcclient import RpcClient
+from tests.support.rpcclient import RpcClient, draft
 from tests.support.shardprocess import ShardProcess, ShardRing
+from tests.support.tcpproxy import READ_BYTES, SocketProxy
 
 WAIT_S = 60.0
 POLL_S = 0.05
@@ -78,9 +82,9 @@ async def metric(shard: ShardProcess, name: str) -> float:
     raise AssertionError(f"no metric {name}")
 
 
-async def caught_up(shard: ShardProcess) -> None:
+async def caught_up(shard: ShardProcess, *, within_s: float = WAIT_S) -> None:
     """Wait until the archive has everything that is durable."""
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(within_s):
         while True:
             if await metric(shard, "archiving") == 1 and await metric(shard, "archive_lag_bytes") == 0:
                 return
@@ -183,6 +187,45 @@ async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_
         assert number * len(sessions) == sum(map(len, (await it.archived()).values()))
 
 
+async def test_a_bad_network_before_the_database(tmp_path: Path) -> None:
+    """Cut, slow, byte by byte, half-open at random under load: afterwards the archive equals the log, exactly."""
+    source = random.Random(20261126)
+    sessions = [f"s{number}" for number in range(6)]
+    async with rig(tmp_path) as it:
+        where = parse_qs(urlsplit(it.dsn).query)["host"][0]
+        proxy = SocketProxy(Path(where) / ".s.PGSQL.5432")
+        port = await proxy.start()
+        it.url_file.write_text(f"postgresql://fleetlm@127.0.0.1:{port}{urlsplit(it.dsn).path}?sslmode=disable")
+        try:
+            async with it.shard() as shard, await shard.client() as client:
+                number = 0
+                for _ in range(24):
+                    number += (count := source.randrange(1, 40))
+                    await append_some(client, sessions, first=number - count, count=count)
+                    match source.choice(["cut", "slow", "bytes", "half-open", "well"]):
+                        case "cut":
+                            proxy.cut()
+                        case "slow":
+                            proxy.delay_s = source.uniform(0, 0.05)
+                        case "bytes":
+                            proxy.piece_bytes = source.choice([1, 7, 1000])
+                        case "half-open":
+                            proxy.hole()
+                            await append_some(client, sessions, first=number, count=1)
+                            number += 1
+                            proxy.cut()
+                            proxy.heal()
+                        case _:
+                            proxy.delay_s, proxy.piece_bytes = 0.0, READ_BYTES
+                proxy.delay_s, proxy.piece_bytes = 0.0, READ_BYTES
+                await caught_up(shard)
+                assert proxy.connections > 1
+                assert decoded(await it.archived()) == await log_of(client, sessions)
+            assert sum(map(len, (await it.archived()).values())) == number * len(sessions)
+        finally:
+            await proxy.stop()
+
+
 async def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
     """Appends go on, the lag shows, readiness says why; on its return the archive catches up."""
     async with rig(tmp_path) as it:
@@ -239,3 +282,42 @@ async def test_verify_names_what_is_missing_or_different_and_prune_takes_whole_w
         await caught_up(shard)
         assert len((await it.archived(first_seq=6))["s"]) == 1
         assert await metric(shard, "archive_quarantined_total") == 0
+
+
+MILLION = 1_000_000
+LAYERED = {"RETENTION_BYTES": str(64 * 1024 * 1024), "SEGMENT_BYTES": str(8 * 1024 * 1024), "KEYS_WINDOW_S": "15"}
+MEMORY_BYTES_MAX = 96 * 1024 * 1024
+"""By which a shard may grow while a million messages are read: bounded by pages, not by what is read."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+async def test_a_million_messages_through_all_layers(tmp_path: Path) -> None:
+    """Archive, log and memory as one contiguous stream, while appends go on; memory stays bounded."""
+    async with rig(tmp_path) as it, it.shard(LAYERED) as shard, await shard.client() as client:
+
+        async def hundred(first: int) -> None:
+            drafts = [draft(f"{'x' * 80} {number}", key=f"k{number}") for number in range(first, first + 100)]
+            [result] = await client.append_entries("s", rpc.Entry(drafts, None))
+            assert result.error is None
+
+        for first in range(0, MILLION, 2000):
+            await asyncio.gather(*(hundred(each) for each in range(first, first + 2000, 100)))
+        await caught_up(shard, within_s=600)
+        async with asyncio.timeout(WAIT_S):
+            while await metric(shard, "log_segment_bytes") > 2 * 64 * 1024 * 1024:
+                pass
+        begin_bytes = psutil.Process(shard.pid).memory_info().rss
+        peak_bytes, after = begin_bytes, 0
+        async with await shard.client() as writer:
+            while after < MILLION:
+                page, _ = await asyncio.gather(
+                    client.read("s", after=after), writer.append("s", "meanwhile", key=f"m{after}")
+                )
+                assert page.gap is None
+                for body in page.messages:
+                    after += 1
+                    assert msgspec.json.decode(body)["seq"] == after
+                peak_bytes = max(peak_bytes, psutil.Process(shard.pid).memory_info().rss)
+        assert peak_bytes - begin_bytes < MEMORY_BYTES_MAX, f"grew by {(peak_bytes - begin_bytes) >> 20} MiB"
+        assert await metric(shard, "archive_reads_total") > 100, "most of it came from the archive"

@@ -19,6 +19,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 READ_BYTES: Final = 64 * 1024
@@ -111,9 +112,12 @@ class TcpProxy:
                     each.set_result(None)
         await turn
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*self._target)
+
     async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._open.wait()
-        there_reader, there = await asyncio.open_connection(*self._target)
+        there_reader, there = await self._connect()
         self._writers.add(there)
         self.connections += 1
         try:
@@ -149,6 +153,17 @@ class TcpProxy:
         await self._open.wait()
         with suppress(OSError):
             writer.write_eof()
+
+
+class SocketProxy(TcpProxy):
+    """The same before a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("", 0)
+        self._path = path
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(self._path)
 
 
 def reset(writer: asyncio.StreamWriter) -> None:

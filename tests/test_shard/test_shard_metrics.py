@@ -43,6 +43,8 @@ STILL = {
             "archive_failures_total",
             "archive_quarantined_total",
             "archive_damaged_ranges_total",
+            "archive_reads_total",
+            "archive_read_failures_total",
             "archiver_starts_total",
             "archiving",
             "archive_lag_bytes",

@@ -94,6 +94,8 @@ COUNTERS: Final[tuple[tuple[str, str, Number], ...]] = (
     ("archive_failures", "Times that the database went away or refused", lambda s: _archive(s).failures),
     ("archive_quarantined", "Records that PostgreSQL refused", lambda s: _archive(s).quarantined),
     ("archive_damaged_ranges", "Ranges of the log that could not be archived", lambda s: _archive(s).damaged),
+    ("archive_reads", "Pages of replays read from the archive", lambda s: s.cold.archive_reads),
+    ("archive_read_failures", "Such pages that the database did not give", lambda s: s.cold.archive_failures),
     ("archiver_starts", "Starts of the archiver's process", lambda s: s.archiver.starts if s.archiver else 0),
 )
 """(name without prefix and `_total`, help, where it is)."""

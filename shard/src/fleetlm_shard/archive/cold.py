@@ -43,6 +43,8 @@ class Cold:
         self._log = log
         self.shelves: Shelves | None = None
         """The archive, if there is one; set before anything is served."""
+        self.archive_reads = 0
+        self.archive_failures = 0
 
     @property
     def trim_pos(self) -> int:
@@ -78,8 +80,8 @@ class Cold:
             if wanted <= 0 or room_bytes <= 0:
                 archive_cut, asked_from = True, end_seq + 1
                 break
-            filled = await shelves.read(
-                session, first_seq=hole_from, last_seq=hole_to, limit=wanted, bytes_max=room_bytes
+            filled = await self._archived(
+                shelves, session, first_seq=hole_from, last_seq=hole_to, limit=wanted, bytes_max=room_bytes
             )
             merged += filled
             asked_from = hole_to + 1
@@ -95,6 +97,16 @@ class Cold:
             _missing(page, found.missing, first_seq=first_seq),
             has_more=found.has_more or archive_cut or full or len(page) < len(merged),
         )
+
+    async def _archived(
+        self, shelves: Shelves, session: str, *, first_seq: int, last_seq: int, limit: int, bytes_max: int
+    ) -> list[StoredMessage]:
+        self.archive_reads += 1
+        try:
+            return await shelves.read(session, first_seq=first_seq, last_seq=last_seq, limit=limit, bytes_max=bytes_max)
+        except TryAgain:
+            self.archive_failures += 1
+            raise
 
     async def earliest(self, session: str, *, slot: int) -> int | None:
         """The first seq that log or archive hold; the log's alone if the archive does not answer. Cancel-safe."""

@@ -54,8 +54,6 @@ class Library:
         self._name = name
         self._free: list[Connection[Record]] = []
         self._turns = asyncio.Semaphore(CONNECTIONS_MAX)
-        self.reads = 0
-        self.failures = 0
 
     async def read(
         self, session: str, *, first_seq: int, last_seq: int, limit: int, bytes_max: int
@@ -82,7 +80,6 @@ class Library:
                         break
             return messages
 
-        self.reads += 1
         return await self._ask(page)
 
     async def earliest(self, session: str) -> int | None:
@@ -111,7 +108,6 @@ class Library:
                 self._free.append(connection)
                 return answer
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            self.failures += 1
             raise TryAgain(
                 "older messages are in the archive, which does not answer", reason="unavailable", retry_after_ms=1000
             ) from error

@@ -18,12 +18,12 @@ import asyncpg
 from fleetlm_shard.archive.errors import Diverged, Superseded
 from fleetlm_shard.archive.rows import Rows, sender_of
 from fleetlm_shard.archive.schema import WEEK_US, make_partitions, migrate
-from fleetlm_shard.records import CursorMoved, Message, SessionCreated, encode
+from fleetlm_shard.records import CursorMoved, Message, SessionCreated, SessionImported, encode
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
 
-Slotted = Message | SessionCreated | CursorMoved
+Slotted = Message | SessionCreated | CursorMoved | SessionImported
 """Records that make rows."""
 
 CONNECT_S: Final = 10.0
