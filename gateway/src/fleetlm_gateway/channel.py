@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from fleetlm_common import rpc
 from fleetlm_common.errors import FleetError, Invalid, NotFound, TryAgain
 from fleetlm_common.ids import SessionId
@@ -35,18 +37,15 @@ _SHOWN_CHARS_MAX: Final = 60
 """Of a client's own words in an answer."""
 
 
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """What a client waits for: where the answer goes, and what it costs to hold."""
 
-    __slots__ = ("event", "join_ref", "ref", "size_bytes", "started_s", "topic")
-
-    def __init__(self, frame: phoenix.Frame, *, event: str, topic: bytes, size_bytes: int, started_s: float) -> None:
-        self.event = event
-        self.join_ref = frame.join_ref
-        self.ref = frame.ref
-        self.topic = topic
-        self.size_bytes = size_bytes
-        self.started_s = started_s
+    event: str
+    join_ref: bytes
+    ref: bytes
+    topic: bytes
+    size_bytes: int
+    started_s: float
 
 
 def unmatched(topic: str) -> NotFound:

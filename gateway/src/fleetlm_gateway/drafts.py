@@ -11,7 +11,6 @@ the whole batch with it. Must not be done here: sending, or anything that needs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -60,6 +59,8 @@ _PAYLOAD: Final = msgspec.json.Decoder(_Payload)
 _MESSAGE: Final = msgspec.json.Decoder(_Message)
 _BRACES_BYTES: Final = 2
 _FRAME_OF: Final = {name: len(f'"{name}":,') for name in _Payload.__struct_fields__}
+_CONTENT_FRAME_BYTES: Final = _FRAME_OF["content"]
+_KEY_FRAME_BYTES: Final = _FRAME_OF["idempotency_key"] + 2
 
 
 class Keys:
@@ -81,8 +82,7 @@ class Keys:
         return f"gw-{self._boot}-{self._count:x}"
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(msgspec.Struct, frozen=True, gc=False):
     """What an `append` asks for; `batch` says which form its answer has."""
 
     drafts: list[Draft]
@@ -103,15 +103,27 @@ def parse(payload: bytes, *, sender: Principal, keys: Keys, key: str | None = No
         Invalid: names the field.
         TooLarge: names the field and the limit.
     """
-    text = compact(payload, "payload")
-    asked = decode_fields(_PAYLOAD, text)
-    if asked.messages is not None:
-        return _batch(asked, text, sender=sender, keys=keys, key=key)
+    asked = decode_fields(_PAYLOAD, payload)
     content, metadata = bytes(asked.content), bytes(asked.metadata)
-    _refuse_repeated(text, asked, content, metadata, where="")
+    if not _is_plain(payload, asked, content, metadata):
+        text = compact(payload, "payload")
+        asked = decode_fields(_PAYLOAD, text)
+        if asked.messages is not None:
+            return _batch(asked, text, sender=sender, keys=keys, key=key)
+        content, metadata = bytes(asked.content), bytes(asked.metadata)
+        _refuse_repeated(text, asked, content, metadata, where="")
     given = _one_key(asked.idempotency_key, key)
     draft = _draft(content, metadata, asked.kind, given, where="", sender=sender, keys=keys)
     return Parsed([draft], _checked_seq(asked.expected_seq), batch=False)
+
+
+def _is_plain(payload: bytes, asked: _Payload, content: bytes, metadata: bytes) -> bool:
+    """Whether this is a single message without white space between its tokens and without a repeated field.
+
+    True for what most clients send, and then the text need not be read again to be brought to its compact form: the
+    fields' lengths add up to the whole, so there is nothing else in it, and a string holds no tokens.
+    """
+    return content[:1] == b'"' and not metadata and asked.messages is None and _size_of(asked, content) == len(payload)
 
 
 def _batch(asked: _Payload, text: bytes, *, sender: Principal, keys: Keys, key: str | None) -> Parsed:
@@ -205,19 +217,29 @@ def _refuse_repeated(text: bytes, asked: _Payload | _Message, content: bytes, me
     The lengths of the fields add up to the length of the (compact) text when each stands there once; only when they do
     not (escapes in a string, an explicit null) the names themselves are looked at.
     """
-    size = _BRACES_BYTES - 1
-    if content:
-        size += _FRAME_OF["content"] + len(content)
+    size = _size_of(asked, content)
     if metadata:
         size += _FRAME_OF["metadata"] + len(metadata)
-    if asked.kind is not None:
-        size += _FRAME_OF["kind"] + 2 + len(asked.kind.encode())
-    if asked.idempotency_key is not None:
-        size += _FRAME_OF["idempotency_key"] + 2 + len(asked.idempotency_key.encode())
-    if isinstance(asked, _Payload):
-        size += _size_of_seq(asked.expected_seq)
     if size != len(text):
         _refuse_repeated_name(text, where=where)
+
+
+def _size_of(asked: _Payload | _Message, content: bytes) -> int:
+    """How long the compact text of these fields is, without metadata, if each stands there once and plainly.
+
+    It is never longer than the text: an escape is longer than what it stands for.
+    """
+    size = _BRACES_BYTES - 1
+    if content:
+        size += _CONTENT_FRAME_BYTES + len(content)
+    if asked.kind is not None:
+        size += _FRAME_OF["kind"] + 2 + len(asked.kind.encode())
+    key = asked.idempotency_key
+    if key is not None:
+        size += _KEY_FRAME_BYTES + (len(key) if key.isascii() else len(key.encode()))
+    if type(asked) is _Payload and asked.expected_seq is not None:
+        size += _size_of_seq(asked.expected_seq)
+    return size
 
 
 def _size_of_batch(items: list[bytes], expected_seq: int | None) -> int:

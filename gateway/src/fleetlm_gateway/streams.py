@@ -50,6 +50,9 @@ SETTLED_S: Final = 5.0
 PAGE_RETRY_S: Final = 0.25
 """Before a page that failed is asked for again (the request itself has been retried until its deadline)."""
 
+_PUSH: Final = Kind.PUSH
+_LIVE: Final = State.LIVE
+"""Asking an enum for a member takes 0.2 µs in Python 3.11; these are asked for with each push and each reader."""
 _decode_subscribed = msgspec.msgpack.Decoder(rpc.Subscribed).decode
 _decode_push = msgspec.msgpack.Decoder(rpc.Push).decode
 _decode_push_read = msgspec.msgpack.Decoder(rpc.PushRead).decode
@@ -338,7 +341,7 @@ class Stream:
     def _on_frame(self, kind: int, payload: bytes) -> None:
         if self._over:
             return
-        if kind == Kind.PUSH:
+        if kind == _PUSH:
             self._on_push(_decode_push(payload))
         elif kind == Kind.PUSH_READ:
             push = _decode_push_read(payload)
@@ -398,7 +401,7 @@ class Stream:
         self._streams.tail_bytes += len(chunk.body)
         for reader in self._live_readers():
             # One reader's sink may close another's: its state is looked at when it is its turn.
-            if reader.state is State.LIVE:
+            if reader.state is _LIVE:
                 reader.take(chunk)
         self._trim()
 

@@ -192,7 +192,7 @@ class Socket(asyncio.Protocol):
         channel = self.channels.get(frame.topic)
         topic = phoenix.topic_text(frame.topic) if channel is None else channel.text
         label = frame.event if frame.event in _LABELS else "other"
-        request = Request(frame, event=label, topic=topic, size_bytes=len(data), started_s=now_s)
+        request = Request(label, frame.join_ref, frame.ref, topic, len(data), now_s)
         refusal = self._refusal(request)
         self._outstanding += 1
         self._outstanding_bytes += request.size_bytes
