@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetlm_common.wire import HEADER, PAYLOAD_BYTES_MAX, FrameConnection, FrameDecoder, ProtocolError
+from fleetlm_common.wire import HEADER, PAYLOAD_BYTES_MAX, FrameConnection, FrameDecoder, ProtocolError, Turn
 
 frame = st.tuples(st.integers(0, 255), st.integers(0, 2**64 - 1), st.binary(max_size=200))
 
@@ -92,3 +92,23 @@ async def test_a_peer_that_speaks_garbage_is_dropped() -> None:
         writer.close()
         await asyncio.wait_for(server.lost, 5)
         assert server.frames.empty()
+
+
+async def test_connections_that_share_a_turn_do_not_share_their_faults() -> None:
+    """What one connection's handler raises ends that connection, is told, and costs the others nothing."""
+    loop, turn = asyncio.get_running_loop(), Turn()
+    told: list[object] = []
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+    fault, got = RuntimeError("of the first"), list[int]()
+
+    def broken(kind: int, ident: int, payload: bytes) -> None:
+        raise fault
+
+    first = FrameConnection(on_frame=broken, on_lost=lambda _: None, turn=turn)
+    second = FrameConnection(on_frame=lambda _, ident, __: got.append(ident), on_lost=lambda _: None, turn=turn)
+    for connection in (first, second):
+        connection.data_received(encoded([(1, 7, b"")])[:5])
+        connection.data_received(encoded([(1, 7, b"")])[5:] + encoded([(1, 8, b"")]))
+    await asyncio.sleep(0)
+    assert (first.closed, second.closed) == (True, False)
+    assert (told, got) == ([fault], [7, 8])

@@ -26,7 +26,7 @@ from fleetlm_common.errors import FleetError, Invalid, Moved, TryAgain, Unauthen
 from fleetlm_common.ids import SessionId, Slot, Term, checked_id
 from fleetlm_common.logs import Logger
 from fleetlm_common.rpc import Kind
-from fleetlm_common.wire import FrameConnection
+from fleetlm_common.wire import FrameConnection, Turn
 from fleetlm_shard.exporter import Exporter
 from fleetlm_shard.log_types import LogError
 from fleetlm_shard.ownership import Ownership
@@ -135,6 +135,7 @@ class Server:
         self.refusal = refusal
         self.log = log
         self.requests_max = requests_max
+        self.turn = Turn()
         self.paging = asyncio.Semaphore(PAGES_MAX)
         self.connections: dict[Connection, None] = {}
         self.refused = 0
@@ -218,7 +219,9 @@ class Connection:
         """Ids of SUBSCRIBE requests that are being worked on; an UNSUBSCRIBE takes the id out."""
         self._on_appended = self._appended
         """Bound once, not for each append."""
-        self.wire = FrameConnection(on_frame=self.on_frame, on_lost=self._on_lost, on_made=self._on_made)
+        self.wire = FrameConnection(
+            on_frame=self.on_frame, on_lost=self._on_lost, on_made=self._on_made, turn=server.turn
+        )
 
     @property
     def buffered_bytes(self) -> int:
