@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -16,8 +17,9 @@ from fleetlm_common import rpc
 from fleetlm_common.errors import TryAgain
 from fleetlm_shard.archive.cold import Cold
 from fleetlm_shard.archive.feed import Places, Segment, read_piece
-from fleetlm_shard.archive.library import Library
+from fleetlm_shard.archive.library import RANGE, SETTINGS, Library
 from fleetlm_shard.archive.rows import rows_of
+from fleetlm_shard.archive.schema import WEEK_US, make_partitions, migrate
 from fleetlm_shard.archive.store import Store, Volume, connect
 from fleetlm_shard.log_types import Missing, ReadResult, StoredMessage
 from fleetlm_shard.records import Message, Record
@@ -178,6 +180,25 @@ async def test_a_cancelled_reader_gives_its_turn_back(server: Postgres) -> None:
     )
     assert await library.earliest("s") is None
     library.close()
+    await connection.close()
+
+
+async def test_a_page_of_a_long_session_costs_a_page(server: Postgres) -> None:
+    """The server walks its index; it neither sorts nor reads what comes after the page."""
+    dsn = await empty_database(server)
+    connection = await connect(dsn, name="test", settings=SETTINGS)
+    await migrate(connection, ring_uid="ring")
+    await make_partitions(connection, {10, 11})
+    await connection.execute(
+        "INSERT INTO fleetlm.messages SELECT 's', n, (10 + n % 2) * $1::bigint + n, 'a', 'k', 'h', 'body'"
+        " FROM generate_series(1, 40000) AS n",
+        WEEK_US,
+    )
+    await connection.execute("ANALYZE fleetlm.messages")
+    explained = await connection.fetch(f"EXPLAIN ANALYZE {RANGE}", b"s", 100, 40000, 1000)
+    plan = "\n".join(row[0] for row in explained)
+    scanned = [int(float(each)) for each in re.findall(r"Scan.*actual time=\S+ rows=([0-9.]+)", plan)]
+    assert sum(scanned) < 3000, plan
     await connection.close()
 
 

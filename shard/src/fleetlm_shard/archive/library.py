@@ -27,12 +27,19 @@ CONNECTIONS_MAX: Final = 2
 PREFETCH_ROWS: Final = 32
 """Rows fetched at once: a row may hold 64 KiB and more."""
 
-_RANGE: Final = (
+RANGE: Final = (
     "SELECT seq, body FROM ("
-    " SELECT seq, body FROM fleetlm.messages WHERE session = $1 AND seq BETWEEN $2 AND $3"
-    " UNION ALL SELECT seq, body FROM fleetlm.quarantine WHERE session = $1 AND seq BETWEEN $2 AND $3"
-    " AND body IS NOT NULL) AS held ORDER BY seq"
+    " (SELECT seq, body FROM fleetlm.messages WHERE session = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq LIMIT $4)"
+    " UNION ALL (SELECT seq, body FROM fleetlm.quarantine WHERE session = $1 AND seq BETWEEN $2 AND $3"
+    " AND body IS NOT NULL ORDER BY seq LIMIT $4)) AS held ORDER BY seq"
 )
+SETTINGS: Final = {
+    # Walk the partitions' indexes in order and stop: the planner must not think that all of a long session is wanted.
+    "plan_cache_mode": "force_custom_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "max_parallel_workers_per_gather": "0",
+}
 _EARLIEST: Final = (
     "SELECT least((SELECT seq FROM fleetlm.messages WHERE session = $1 ORDER BY seq LIMIT 1),"
     " (SELECT seq FROM fleetlm.quarantine WHERE session = $1 AND body IS NOT NULL ORDER BY seq LIMIT 1))"
@@ -70,7 +77,7 @@ class Library:
             messages: list[StoredMessage] = []
             total_bytes = 0
             async with connection.transaction(readonly=True):
-                rows = connection.cursor(_RANGE, session.encode(), first_seq, last_seq, prefetch=PREFETCH_ROWS)
+                rows = connection.cursor(RANGE, session.encode(), first_seq, last_seq, limit, prefetch=PREFETCH_ROWS)
                 async for row in rows:
                     if messages and messages[-1].seq == row["seq"]:
                         continue
@@ -98,7 +105,9 @@ class Library:
     async def _ask(self, question: Callable[[Connection[Record]], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(ASK_S), self._turns:
-                connection = self._free.pop() if self._free else await connect(self._dsn, name=self._name)
+                connection = (
+                    self._free.pop() if self._free else await connect(self._dsn, name=self._name, settings=SETTINGS)
+                )
                 try:
                     answer = await question(connection)
                 except BaseException:

@@ -21,6 +21,8 @@ from fleetlm_shard.archive.schema import WEEK_US, make_partitions, migrate
 from fleetlm_shard.records import CursorMoved, Message, SessionCreated, SessionImported, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from asyncpg import Connection, Record
 
 Slotted = Message | SessionCreated | CursorMoved | SessionImported
@@ -72,18 +74,22 @@ class Standing:
         return min([self.pos, *self.halted.values()])
 
 
-async def connect(dsn: str, *, name: str) -> Connection[Record]:
+async def connect(dsn: str, *, name: str, settings: Mapping[str, str] | None = None) -> Connection[Record]:
     """A connection.
 
     Args:
         dsn: the database's URL, or `file:/PATH` of a file that holds it, read each time: passwords change.
         name: for the server's list of connections.
+        settings: of the server for this connection, besides our own.
 
     Raises:
         OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError: there is none.
     """
     return await asyncpg.connect(
-        _url(dsn), timeout=CONNECT_S, command_timeout=COMMAND_S, server_settings={**_SETTINGS, "application_name": name}
+        _url(dsn),
+        timeout=CONNECT_S,
+        command_timeout=COMMAND_S,
+        server_settings={**_SETTINGS, **(settings or {}), "application_name": name},
     )
 
 
