@@ -16,6 +16,7 @@ import pytest_asyncio
 from fleetlm_cli.postgres import Postgres
 from fleetlm_shard.archive.errors import ArchiveRefused, Diverged, Superseded
 from fleetlm_shard.archive.feed import Piece
+from fleetlm_shard.archive.library import Library
 from fleetlm_shard.archive.rows import rows_of
 from fleetlm_shard.archive.schema import VERSION, WEEK_US, partition_name
 from fleetlm_shard.archive.store import Standing, Store, Volume, connect
@@ -333,3 +334,37 @@ async def test_two_archive_one_session_at_once(server: Postgres) -> None:
     assert found == []
     query = "SELECT count(*) FROM (SELECT session FROM fleetlm.messages GROUP BY 1 HAVING count(*) >= 120) AS whole"
     assert await fetch(dsn, query) == [(2,)]
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+async def test_a_database_of_each_version_migrates(server: Postgres, version: int) -> None:
+    """What that version had written (a dump by pg_dump) is read, written on, and compared with what comes again."""
+    dsn = await empty_database(server)
+    await fetch_all(dsn, (GOLDEN / f"archive-v{version}.sql").read_text())
+    again = of(
+        message("s", 1, text="one"), message("s", 2, text="\\u0000 and \\ud800 alone"), message("s", 3, text="new")
+    )
+    async with a_store(dsn) as (store, standing):
+        assert standing == Standing(500, {})
+        assert await store.write(rows_of(again, without=()), from_pos=500, to_pos=700) == 1
+    assert await fetch(dsn, "SELECT version FROM fleetlm.archive") == [(VERSION,)]
+    library = Library(dsn, name="test")
+    found = await library.read("s", first_seq=1, last_seq=9, limit=9, bytes_max=1 << 20)
+    assert [(each.seq, each.json) for each in found] == [(at, record.json) for at, (_, record) in enumerate(again, 1)]
+    [kept] = await library.read("t", first_seq=2, last_seq=2, limit=9, bytes_max=1 << 20)
+    assert kept.json == message("t", 2).json, "what was quarantined is read, too"
+    library.close()
+    assert await fetch(dsn, "SELECT first_seq, last_seq, metadata FROM fleetlm.sessions WHERE session = 's'") == [
+        (1, 3, b'{"topic":"x"}')
+    ]
+    assert await fetch(dsn, "SELECT read_seq FROM fleetlm.participants WHERE participant = 'reader'") == [(2,)]
+
+
+async def fetch_all(dsn: str, script: str) -> None:
+    """Run a script."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(script)
+    await connection.close()
