@@ -344,9 +344,11 @@ async def test_a_database_of_each_version_migrates(server: Postgres, version: in
     """What that version had written (a dump by pg_dump) is read, written on, and compared with what comes again."""
     dsn = await empty_database(server)
     await fetch_all(dsn, (GOLDEN / f"archive-v{version}.sql").read_text())
-    again = of(
-        message("s", 1, text="one"), message("s", 2, text="\\u0000 and \\ud800 alone"), message("s", 3, text="new")
-    )
+    messages = [
+        message("s", 1, text="one"),
+        message("s", 2, text="\\u0000 and \\ud800 alone"),
+        message("s", 3, text="new"),
+    ]
     async with a_store(dsn) as (store, standing):
         assert standing == Standing(500, {})
         assert await store.write(rows_of(of(*messages), without=()), from_pos=500, to_pos=700) == 1
