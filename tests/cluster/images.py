@@ -133,6 +133,8 @@ def _by_docker(context: Path, made: Path) -> None:
                 dockerfile,
                 "--target",
                 target,
+                "--build-arg",
+                f"WHEELS={_digest()}",
                 "--tag",
                 name(target),
                 context,
@@ -151,6 +153,7 @@ def _by_buildah(context: Path, made: Path) -> None:
     dockerfile = paths.ROOT / "images" / "Dockerfile"
     # Chroot isolation has no network of its own; the build asks for nothing (--no-index).
     options = ("--isolation", "chroot", "--network", "host", "--layers", "--build-arg", f"BASE={BASE}")
+    options += ("--build-arg", f"WHEELS={_digest()}")
     for target in TARGETS:
         with Step(f"image {target} by buildah"):
             line = (
