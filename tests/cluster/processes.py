@@ -82,7 +82,9 @@ def start(name: str, host: str, *command: object, env: dict[str, str] | None = N
         started=_started(child.pid) or "",
         order=len(records()),
     )
-    (FOLDER / f"{name}.json").write_text(json.dumps(asdict(made)))
+    whole = FOLDER / f"{name}.json.new"  # nodes start at once, each in a thread that reads the others' records
+    whole.write_text(json.dumps(asdict(made)))
+    whole.rename(FOLDER / f"{name}.json")
     return made
 
 
