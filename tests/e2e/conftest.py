@@ -59,8 +59,10 @@ def remove_everything() -> None:
 
 def install_operator() -> None:
     """By the README's first line as it stands there."""
-    run_now("bash", "-ec", readme_lines()[0], timeout_s=120)
-    run_now("kubectl", "label", "namespace", OPERATOR_NAMESPACE, LABEL, "--overwrite")
+    try:
+        run_now("bash", "-ec", readme_lines()[0], timeout_s=120)
+    finally:  # what an installation that failed left is the tests', too
+        run_now("kubectl", "label", "namespace", OPERATOR_NAMESPACE, LABEL, "--overwrite")
     run_now("kubectl", "rollout", "status", "deployment", "-n", OPERATOR_NAMESPACE, "--timeout=60s")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator
 
 import pytest
 
 from tests.cluster import images
-from tests.e2e.kubectl import Json, kubectl, until
+from tests.e2e.kubectl import Json, get, kubectl, listed, until
 from tests.e2e.published import BAD, UPGRADE, published
 from tests.e2e.rings import Ring
 from tests.e2e.traffic import Traffic, under_traffic
@@ -86,12 +87,27 @@ async def test_a_change_of_mind_in_the_middle(changed: Ring) -> None:
     assert await images_of(changed, "gateway") == [published("gateway")] * 2
 
 
-@pytest.mark.parametrize("replicas", [5, 2])
-async def test_another_number_of_shards_is_held(changed: Ring, replicas: int) -> None:
-    """`kubectl scale` changes nothing as long as slots cannot move, and says so; no shard that owns slots goes."""
-    before = [pod["metadata"]["uid"] for pod in await changed.pods("shard")]
-    await kubectl("scale", f"shardring/{changed.name}", "-n", changed.namespace, f"--replicas={replicas}")
-    said = await changed.says("Progressing", "ReplicasHeld")
-    assert said["status"] == "False"
-    assert [pod["metadata"]["uid"] for pod in await changed.pods("shard")] == before
-    assert (await changed.condition("Ready"))["status"] == "True"
+async def test_more_shards_and_fewer(changed: Ring) -> None:
+    """`kubectl scale sr` 3 → 5 → 2 → 3: slots move, shards that leave go last, and nobody who writes or reads loses."""
+
+    async def scaled(replicas: int) -> None:
+        await kubectl("scale", f"shardring/{changed.name}", "-n", changed.namespace, f"--replicas={replicas}")
+        await changed.ready()
+        ring_map = (await get(changed.namespace, "ringmap", changed.name))["spec"]["map"]
+        names = {f"shard-{number}" for number in range(replicas)}
+        assert {member["name"] for member in ring_map["members"]} == names
+        owned = Counter[str]()
+        for found in ring_map["ranges"]:
+            owned[found["owner"]] += found["last"] - found["first"] + 1
+        assert set(owned) == names
+        assert max(owned.values()) - min(owned.values()) <= 1
+        assert len(await changed.pods("shard")) == replicas
+
+    async def script(traffic: Traffic) -> None:
+        for replicas in (5, 2, 3):
+            await scaled(replicas)
+            await traffic.progress()
+
+    await under_traffic(changed, "kubectl scale 3 → 5 → 2 → 3", script)
+    claims = await listed(changed.namespace, "pvc", f"fleetlm.io/ring={changed.name}")
+    assert len(claims) == 5, "volumes of shards that left are kept"

@@ -15,8 +15,9 @@ import msgspec
 from fleetlm_common.control import ShardEndpoint
 from fleetlm_common.ids import ShardName, Term
 from fleetlm_common.kubeapi import Object
-from fleetlm_common.kubenames import RING_MAPS
+from fleetlm_common.kubenames import LEASES, RING_MAPS
 from fleetlm_common.ring import RingMap
+from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.observed import (
     Claim,
     ContainerState,
@@ -35,8 +36,9 @@ from fleetlm_operator.observed import (
     object_meta,
 )
 from fleetlm_operator.quantity import bytes_of
-from fleetlm_operator.resources import DEPLOYMENTS, SECRETS, STATEFUL_SETS
+from fleetlm_operator.resources import DEPLOYMENTS, PODS, SECRETS, STATEFUL_SETS
 from fleetlm_operator.ringplan import (
+    MEMBERS_ANNOTATION,
     RENDERING_ANNOTATION,
     Action,
     Apply,
@@ -51,6 +53,7 @@ from fleetlm_operator.ringplan import (
 from fleetlm_operator.ringspec import Ring, ring_from
 from fleetlm_operator.verdict import Refusal, Verdict, judge, status_object
 from fleetlm_operator.workloads import TEMPLATE_LABEL
+from tests.test_operator.playedring import PlayedRing, PlayedShard
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DEFAULTS = Defaults(registry="registry.example", version="1.0.0", namespace="fleetlm-system")
@@ -94,6 +97,10 @@ class ModelCluster:
         self.verdict: Verdict | None = None
         self.plan: Plan | None = None
         self._serial = 0
+        self.memory: Memory = NO_MEMORY
+        self.played = PlayedRing(shards=0, slots=self.ring.spec.slots)
+        self.announced: dict[int, ShardEndpoint] = {}
+        """As the Leases have it: a word outlives pod and volume."""
 
     @property
     def ring(self) -> Ring:
@@ -121,7 +128,11 @@ class ModelCluster:
             deployment=None if gateways is None else self._gateways(gateways),
             pods=dict(sorted(self.pods.items())),
             claims=dict(sorted(self.claims.items())),
-            endpoints={shard: endpoint for number in self.pods for shard, endpoint in [self._announced(number)]},
+            endpoints={
+                said.name: said
+                for number, said in sorted(self.announced.items())
+                if f"{LEASES.kind} demo-shard-{number}" in self.children
+            },
             words=dict(sorted(self.words.items())),
             children={key: Existing(object_meta(body), body) for key, body in self.children.items()},
             credential_whole=f"{SECRETS.kind} demo-credential" in self.children,
@@ -139,7 +150,7 @@ class ModelCluster:
     def step(self) -> tuple[Action, ...]:
         """One step of the operator; returns what it did. Then Kubernetes does its part."""
         seen = self.observe()
-        planned = plan(seen, self.defaults)
+        planned = plan(seen, self.defaults, self.memory, now_s=(self.now - START).total_seconds())
         refusals: list[Refusal] = []
         for action in planned.actions:
             words = self.refuses(action)
@@ -147,6 +158,8 @@ class ModelCluster:
                 refusals.append(Refusal(action.why, words, storage=isinstance(action, Grow)))
             else:
                 self._do(action)
+        if planned.decision is not None:
+            self.memory = planned.decision.memory
         self.plan, self.verdict = planned, judge(seen, planned, tuple(refusals))
         self.ring_object["status"] = status_object(seen, planned, self.verdict)
         self.now += timedelta(seconds=1)
@@ -187,10 +200,15 @@ class ModelCluster:
             case SwapMap(version, shards, new):
                 assert version == self._map_version(), "a swap from an old version"
                 assert new is None or new.epoch == (self.map.epoch + 1 if self.map else 1) or new == self.map
+                if new is not None and new != self.map:
+                    self.played.change(new)
                 self.map, self.map_spec = new, (*self.map_spec[:2], shards)
             case Delete(resource, name, uid):
-                self.deleted.append(name)
+                if resource in {PODS, STATEFUL_SETS}:
+                    self.deleted.append(name)
                 key = f"{resource.kind} {name}"
+                if resource == LEASES:
+                    self.announced.pop(int(name.rpartition("-")[2]), None)
                 if key in self.children:
                     assert self.children[key]["metadata"]["uid"] == uid
                     del self.children[key]
@@ -227,8 +245,45 @@ class ModelCluster:
                     self.pods[number] = self._new_pod(number, template)
                     size = shard_set["spec"]["volumeClaimTemplates"][0]["spec"]["resources"]["requests"]["storage"]
                     self.claims.setdefault(number, _claim(number, bytes_of(size)))
-            self.pods = {n: pod for n, pod in self.pods.items() if n < shard_set["spec"]["replicas"]}
+            for number in [number for number in self.pods if number >= shard_set["spec"]["replicas"]]:
+                self._give_up(number, shard_set)
         self._refresh()
+        self._play_shards()
+        self._refresh()
+
+    def _give_up(self, number: int, shard_set: Object) -> None:
+        """The StatefulSet has fewer pods."""
+        name = ShardName(f"shard-{number}")
+        assert self.map is None or self.map.member(name) is None, "a member's pod is given up"
+        del self.pods[number]
+        if shard_set["spec"]["persistentVolumeClaimRetentionPolicy"]["whenScaled"] == "Delete":
+            del self.claims[number]
+            self.volumes[number] = f"{self._volume(number)}-anew"
+            self.played.shards.pop(name, None)
+
+    def _play_shards(self) -> None:
+        """Each shard that runs sees the map, gets on with its moves, and says so."""
+        self.played.map = self.map
+        running = {ShardName(f"shard-{number}") for number, pod in self.pods.items() if self._runs(number, pod)}
+        for number in self.pods:
+            name = ShardName(f"shard-{number}")
+            self.played.shards.setdefault(name, PlayedShard(self.played, name))
+        for name, shard in self.played.shards.items():
+            if shard.up != (name in running):
+                (shard.stop if shard.up else shard.start)()
+            shard.act()
+        for number, pod in self.pods.items():
+            name = ShardName(f"shard-{number}")
+            bare = ShardEndpoint(name, "", Term(1), "", 4100, "")
+            said = self.played.announcements.get(name, bare)
+            address = pod.status.pod_ip
+            self.announced[number] = msgspec.structs.replace(said, volume_id=self._volume(number), host=address)
+
+    def _runs(self, number: int, pod: Pod) -> bool:
+        lost = self.map is not None and any(
+            member.name == f"shard-{number}" and member.volume_id != self._volume(number) for member in self.map.members
+        )
+        return not (self.bad(pod.metadata.annotations["image"]) or number in self.crashed or lost)
 
     def _new_pod(self, number: int, template: Object) -> Pod:
         self._serial += 1
@@ -239,17 +294,19 @@ class ModelCluster:
             annotations={"image": template["spec"]["containers"][0]["image"]},
             creation_timestamp=self.now,
         )
-        return Pod(metadata=meta, spec=PodSpec(node_name="node1"))
+        name = ShardName(f"shard-{number}")
+        if name in self.played.shards and self.played.shards[name].up:
+            self.played.shards[name].stop()
+        address = f"10.0.{self._serial // 250}.{self._serial % 250}"
+        return Pod(metadata=meta, spec=PodSpec(node_name="node1"), status=PodStatus(pod_ip=address))
 
     def _refresh(self) -> None:
         self.pods = {number: self._with_status(number, pod) for number, pod in self.pods.items()}
 
     def _with_status(self, number: int, pod: Pod) -> Pod:
         bad_image = self.bad(pod.metadata.annotations["image"])
-        lost = self.map is not None and any(
-            member.name == f"shard-{number}" and member.volume_id != self._volume(number) for member in self.map.members
-        )
-        ready = self.map is not None and not bad_image and number not in self.crashed and not lost
+        member = self.map is not None and self.map.member(ShardName(f"shard-{number}")) is not None
+        ready = member and self._runs(number, pod)
         before = next((each for each in pod.status.conditions if each.type == "Ready"), None)
         status = "True" if ready else "False"
         since = before.last_transition_time if before is not None and before.status == status else self.now
@@ -262,26 +319,27 @@ class ModelCluster:
             container = self.crashed[number]
         conditions = (PodCondition(type="Ready", status=status, last_transition_time=since),)
         return msgspec.structs.replace(
-            pod, status=PodStatus(phase="Running", conditions=conditions, container_statuses=(container,))
+            pod,
+            status=PodStatus(
+                phase="Running", pod_ip=pod.status.pod_ip, conditions=conditions, container_statuses=(container,)
+            ),
         )
 
     def _volume(self, number: int) -> str:
         return self.volumes.setdefault(number, f"volume-{number}")
 
-    def _announced(self, number: int) -> tuple[ShardName, ShardEndpoint]:
-        name = ShardName(f"shard-{number}")
-        return name, ShardEndpoint(name, self._volume(number), Term(1), "10.0.0.1", 4100, "http://10.0.0.1:4101")
-
 
 def _workload(body: Object) -> Workload:
     claims = body["spec"].get("volumeClaimTemplates")
     replicas: int = body["spec"]["replicas"]
+    members: str = body["metadata"].get("annotations", {}).get(MEMBERS_ANNOTATION, "")
     return Workload(
         uid=body["metadata"]["uid"],
         replicas=replicas,
         settled=True,
         template=body["spec"]["template"]["metadata"]["labels"][TEMPLATE_LABEL],
         rendering=int(body["metadata"].get("annotations", {}).get(RENDERING_ANNOTATION, "0")),
+        members=frozenset(int(number) for number in members.split(",") if number),
         image=body["spec"]["template"]["spec"]["containers"][0]["image"],
         claim_size=claims[0]["spec"]["resources"]["requests"]["storage"] if claims else "",
         ready=replicas,

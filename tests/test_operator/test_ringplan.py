@@ -242,24 +242,6 @@ def test_children_leave_with_the_ring() -> None:
     assert owned({"deletionPolicy": "Orphan"}) == set()
 
 
-def test_more_shards_are_held() -> None:
-    """Never lossy: pods, map and volumes stay; the condition says what to do."""
-    cluster = settled()
-    for replicas in (5, 2):
-        cluster.edit(replicas=replicas)
-        cluster.settle()
-        assert len(cluster.pods) == 3
-        assert cluster.map is not None
-        assert cluster.map.epoch == 1
-        assert cluster.said("Progressing") == ("False", "ReplicasHeld")
-        assert cluster.said("Ready") == ("True", "Serving")
-        assert cluster.verdict is not None
-        assert "set spec.replicas to 3" in cluster.verdict.sentence
-    cluster.edit(replicas=3)
-    cluster.settle()
-    assert cluster.said("Progressing") == ("False", "Settled")
-
-
 def test_before_the_first_map_replicas_may_change() -> None:
     """No slot has an owner yet."""
     cluster = ModelCluster()

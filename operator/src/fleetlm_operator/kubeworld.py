@@ -61,7 +61,16 @@ from fleetlm_operator.resources import (
     SERVICES,
     STATEFUL_SETS,
 )
-from fleetlm_operator.ringplan import RENDERING_ANNOTATION, Action, Apply, Create, Delete, Grow, SwapMap
+from fleetlm_operator.ringplan import (
+    MEMBERS_ANNOTATION,
+    RENDERING_ANNOTATION,
+    Action,
+    Apply,
+    Create,
+    Delete,
+    Grow,
+    SwapMap,
+)
 from fleetlm_operator.ringspec import Ring, ring_from
 from fleetlm_operator.shardwords import ShardWords
 from fleetlm_operator.workloads import TEMPLATE_LABEL
@@ -126,6 +135,32 @@ class KubeWorld:
         singles = {key: body for key, body in (task.result() for task in gets) if body is not None}
         return self._assembled(ring, singles, shards=pods.result(), claims=claims.result(), leases=leases.result())
 
+    async def observe_moves(self, seen: Observed) -> Observed:
+        """What of a ring changes while slots move, afresh: the map, the pods, the announcements.
+
+        Raises:
+            ApiError: the API server did not answer.
+        """
+        ring = seen.ring
+        labels = ",".join(f"{key}={value}" for key, value in selector(ring.name, "shard").items())
+        own_labels = f"{RING_LABEL}={ring.name},{COMPONENT_LABEL}=shard"
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                found = tasks.create_task(self._api.get(RING_MAPS, ring.namespace, ring.name))
+                pods = tasks.create_task(self._api.list(PODS, ring.namespace, labels=labels))
+                leases = tasks.create_task(self._api.list(LEASES, ring.namespace, labels=own_labels))
+        except* ApiError as failures:
+            raise _first(failures) from failures
+        map_seen, map_error = _map_from(found.result())
+        return msgspec.structs.replace(
+            seen,
+            now=self._now(),
+            map_seen=map_seen,
+            map_error=map_error,
+            pods=_pods(ring.name, pods.result().items),
+            endpoints=_endpoints(ring.name, leases.result().items),
+        )
+
     def _assembled(
         self,
         ring: Ring,
@@ -152,7 +187,7 @@ class KubeWorld:
             pods=shards[0],
             words=shards[1],
             claims=_claims(ring.name, claims),
-            endpoints=_endpoints(leases),
+            endpoints=_endpoints(ring.name, leases),
             children=children,
             credential_whole=bool(secret is not None and secret.get("data", {}).get(CREDENTIAL_KEY)),
         )
@@ -169,7 +204,10 @@ class KubeWorld:
         namespace = ring.namespace
         match action:
             case Apply(child):
-                after = await self._api.apply(child.resource, namespace, child.body, manager=MANAGER)
+                body = child.body
+                if action.guarded:
+                    body = {**body, "metadata": {**body["metadata"], "resourceVersion": action.version}}
+                after = await self._api.apply(child.resource, namespace, body, manager=MANAGER)
                 return object_meta(after).resource_version != action.version
             case Create(child):
                 await self._create(ring, child.resource, child.body)
@@ -180,8 +218,8 @@ class KubeWorld:
                 with suppress(ApiNotFound):
                     await self._api.delete(resource, namespace, name, uid=uid, propagation=how)
             case Grow(name, size):
-                body: Object = {"spec": {"resources": {"requests": {"storage": size}}}}
-                await self._api.merge(CLAIMS, namespace, name, body, manager=MANAGER)
+                asked: Object = {"spec": {"resources": {"requests": {"storage": size}}}}
+                await self._api.merge(CLAIMS, namespace, name, asked, manager=MANAGER)
         return True
 
     async def write_status(self, ring: Ring, status: Object) -> None:
@@ -296,8 +334,8 @@ def _size(quantity: str) -> int:
         return 0
 
 
-def _endpoints(leases: Iterable[Object]) -> dict[ShardName, ShardEndpoint]:
-    """What shards announced; an annotation that is none says nothing."""
+def _endpoints(ring: str, leases: Iterable[Object]) -> dict[ShardName, ShardEndpoint]:
+    """What shards announced, each in its own Lease; an annotation that is no announcement says nothing."""
     found: dict[ShardName, ShardEndpoint] = {}
     for lease in leases:
         text = lease["metadata"].get("annotations", {}).get(ENDPOINT_ANNOTATION)
@@ -305,7 +343,8 @@ def _endpoints(leases: Iterable[Object]) -> dict[ShardName, ShardEndpoint]:
             continue
         with suppress(msgspec.ValidationError, msgspec.DecodeError):
             endpoint = msgspec.json.decode(text, type=ShardEndpoint)
-            found[endpoint.name] = endpoint
+            if lease["metadata"]["name"] == f"{ring}-{endpoint.name}":
+                found[endpoint.name] = endpoint
     return found
 
 
@@ -315,8 +354,10 @@ def _shard_set(found: Object | None) -> Workload | None:
     meta, spec, status = object_meta(found), found["spec"], found.get("status", {})
     claims = spec.get("volumeClaimTemplates") or [{}]
     rendering = meta.annotations.get(RENDERING_ANNOTATION, "")
+    members = meta.annotations.get(MEMBERS_ANNOTATION, "").split(",")
     return Workload(
         uid=meta.uid,
+        members=frozenset(int(number) for number in members if number.isdecimal()),
         replicas=spec.get("replicas", 1),
         settled=status.get("observedGeneration", 0) >= meta.generation,
         template=spec["template"]["metadata"].get("labels", {}).get(TEMPLATE_LABEL, ""),

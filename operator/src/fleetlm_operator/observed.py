@@ -145,6 +145,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Value of the template label."""
     rendering: int
     image: str
+    members: frozenset[int] = frozenset()
+    """Ordinals of the members that whoever wrote it last saw."""
     claim_size: str = ""
     """Size in the claim template, as written."""
     ready: int = 0

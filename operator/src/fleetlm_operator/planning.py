@@ -13,7 +13,7 @@ is silent, slow or busy. Must not be done here: I/O, reading clocks.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Final, Literal
 
 import msgspec
@@ -23,7 +23,7 @@ from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, Member, RingMap, ranges_from
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
 from fleetlm_operator.assignment import assign
-from fleetlm_operator.mapsteps import Join, Leave, Rebind, Step, after
+from fleetlm_operator.mapsteps import Abort, Commit, Join, Leave, Rebind, Step, after
 from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.moving import Moves, decide, is_bound, moving_words, stalled_words
 
@@ -66,20 +66,35 @@ class Decision(msgspec.Struct, frozen=True):
     """Slots that are not where they should be."""
 
 
-def plan(view: View, memory: Memory = NO_MEMORY, *, now_s: float = 0.0) -> Decision:
+def plan(view: View, memory: Memory = NO_MEMORY, *, now_s: float = 0.0, only_end: bool = False) -> Decision:
     """Decide what to do about `view`.
 
     Args:
         view: what was seen.
         memory: of the decisions before.
         now_s: monotonic.
+        only_end: only end what is sealed, whose writers wait: nothing else is to be changed.
     """
     complaint = _complaint(view.spec)
     if complaint is not None:
         return Decision(None, "InvalidSpec", complaint, memory=memory)
     if view.map is None:
-        return _bring_up(view)
-    return _keep(view, view.map, memory, now_s)
+        decision = _bring_up(view)
+        return msgspec.structs.replace(decision, new_map=None) if only_end else decision
+    return _keep(view, view.map, memory, now_s, only_end=only_end)
+
+
+def serves_nothing(view: View, current: RingMap, name: ShardName) -> bool:
+    """Whether a member owns nothing, no move names it, and it has said so since the last change of an owner."""
+    endpoint = view.shards.get(name)
+    return (
+        not any(found.owner == name for found in current.ranges)
+        and not any(name in (move.source, move.target) for move in current.moves)
+        and endpoint is not None
+        and is_bound(view, current, name)
+        and endpoint.serves == 0
+        and endpoint.epoch >= max(found.epoch for found in current.ranges)
+    )
 
 
 def shard_names(spec: RingSpec) -> list[ShardName]:
@@ -132,7 +147,7 @@ def _bring_up(view: View) -> Decision:
     return Decision(first, "FirstMap", f"made the first map: {view.spec.slots} slots on {_shards(len(names))}, epoch 1")
 
 
-def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decision:
+def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_end: bool) -> Decision:
     """There is a map: bring the ring nearer to what is asked for, and say how it is."""
     if (current.uid, current.slots) != (view.spec.uid, view.spec.slots):
         text = f"held: the map ({_at_epoch(current)}) belongs to another ring than the spec"
@@ -163,6 +178,8 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float) -> Decisio
             f"held: {_listed(members)} {'is' if len(members) == 1 else 'are all'} cordoned, nobody may own slots"
         )
     steps += [Leave(name) for name in _gone(view, current, set(wanted))]
+    if only_end:
+        steps = [step for step in steps if isinstance(step, Commit | Abort) and step.move.state == "Sealing"]
     findings = _findings(view, current, absent=absent, moves=moves, holds=holds)
     left = 0 if moves is None else moves.left
     again_s = _soonest(moves, memory, now_s)
@@ -228,19 +245,11 @@ def _leaving(view: View, current: RingMap) -> list[ShardName]:
 
 
 def _gone(view: View, current: RingMap, wanted: set[ShardName]) -> list[ShardName]:
-    """Members that nobody asks for, that own nothing, and that have said so since the last change of an owner."""
-    owned = Counter(found.owner for found in current.ranges)
-    named = {name for move in current.moves for name in (move.source, move.target)}
-    since = max(found.epoch for found in current.ranges)
+    """Members that nobody asks for and that serve nothing any more."""
     return [
         member.name
         for member in current.members
-        if member.name not in wanted
-        and not owned[member.name]
-        and member.name not in named
-        and (endpoint := view.shards.get(member.name)) is not None
-        and endpoint.serves == 0
-        and endpoint.epoch >= since
+        if member.name not in wanted and serves_nothing(view, current, member.name)
     ]
 
 

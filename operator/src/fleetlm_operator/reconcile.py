@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
@@ -22,9 +23,10 @@ from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
 from fleetlm_operator.kubemetrics import KubeMetrics
 from fleetlm_operator.kubeworld import KubeWorld
+from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.observed import Observed
 from fleetlm_operator.resources import EVENTS
-from fleetlm_operator.ringplan import Action, Defaults, Grow, Plan, plan
+from fleetlm_operator.ringplan import Action, Defaults, Grow, Plan, SwapMap, plan
 from fleetlm_operator.ringspec import Ring
 from fleetlm_operator.verdict import Refusal, Verdict, judge, status_object, timestamp
 
@@ -38,6 +40,12 @@ AGAIN_GROWTH: Final = 1.3
 """Somebody who undoes each change of ours must not make us spin: such steps grow apart, to RESYNC_S."""
 RETRY_S: Final = 2.0
 """After the API server did not answer, or somebody was quicker."""
+AGAIN_MARGIN_S: Final = 0.01
+"""A deadline is looked at just after it has passed, not just before."""
+MOVING_S: Final = 0.05
+"""While slots move: after a whole look what concerns them is looked at again at once."""
+FOLLOW_S: Final = 2.0
+"""Longest time between two whole looks while slots move."""
 STEP_S: Final = 60.0
 """Longest step: some thirty requests, each with a deadline of its own."""
 STEPS_MAX: Final = 8
@@ -82,6 +90,7 @@ class Reconciler:
         self._changed: dict[tuple[str, str], asyncio.Event] = {}
         self._phases: dict[tuple[str, str], str] = {}
         self._said: dict[tuple[str, str], str] = {}
+        self._memories: dict[tuple[str, str], Memory] = {}
         self._limit = asyncio.Semaphore(STEPS_MAX)
         self._begun_s: dict[tuple[str, str], float] = {}
         self._step_ended_s = clock.monotonic_s()
@@ -131,6 +140,7 @@ class Reconciler:
             if pause_s is None:
                 del self._changed[key]
                 self._said.pop(key, None)
+                self._memories.pop(key, None)
                 self._show_phase(key, None)
                 return
             streak = streak + 1 if pause_s == AGAIN_S else 0
@@ -174,19 +184,52 @@ class Reconciler:
         seen = await self._world.observe(namespace, name)
         if seen is None:
             return None
-        planned = plan(seen, self._defaults)
+        planned = self._plan(seen)
         acted, refusals = await self._act(seen.ring, planned)
         verdict = judge(seen, planned, refusals)
         self._say(seen.ring, verdict)
         await self._write_status(seen, planned, verdict)
+        if await self._follow_moves(seen, planned):
+            return MOVING_S
         if acted:
             return AGAIN_S
-        return RESYNC_S if verdict.settled else UNSETTLED_S
+        pause_s = RESYNC_S if verdict.settled else UNSETTLED_S
+        again_s = None if planned.decision is None else planned.decision.again_s
+        return pause_s if again_s is None else min(pause_s, again_s + AGAIN_MARGIN_S)
 
-    async def _act(self, ring: Ring, planned: Plan) -> tuple[bool, tuple[Refusal, ...]]:
+    def _plan(self, seen: Observed) -> Plan:
+        memory = self._memories.get((seen.ring.namespace, seen.ring.name), NO_MEMORY)
+        return plan(seen, self._defaults, memory, now_s=self._clock.monotonic_s())
+
+    async def _follow_moves(self, seen: Observed, planned: Plan) -> bool:
+        """While slots move: writers wait for each of its steps, so only what changes then is looked at, for FOLLOW_S.
+
+        Whatever else is to be done waits for the next whole look; so does a change of the spec.
+
+        Returns:
+            Whether there were moves.
+        """
+        key = (seen.ring.namespace, seen.ring.name)
+        changed, until_s = self._changed[key], self._clock.monotonic_s() + FOLLOW_S
+        followed = False
+        while _moving(planned) and self._clock.monotonic_s() < until_s:
+            followed = True
+            again_s = planned.decision.again_s if planned.decision is not None else None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_S if again_s is None else min(FOLLOW_S, again_s + AGAIN_MARGIN_S)):
+                    await changed.wait()
+            changed.clear()
+            seen = await self._world.observe_moves(seen)
+            planned = self._plan(seen)
+            await self._act(seen.ring, planned, only_map=True)
+        return followed
+
+    async def _act(self, ring: Ring, planned: Plan, *, only_map: bool = False) -> tuple[bool, tuple[Refusal, ...]]:
         """Carry out the plan; what the server refuses is told, and the rest goes on."""
         acted, refusals = False, list[Refusal]()
         for action in planned.actions:
+            if only_map and not isinstance(action, SwapMap):
+                continue
             kind = type(action).__name__
             try:
                 changed = await self._world.act(ring, action)
@@ -201,6 +244,9 @@ class Reconciler:
             if changed:
                 acted = True
                 self._tell(ring, action)
+        if planned.decision is not None and not refusals:
+            # What was decided is what was done: a swap that lost its race ended the step above.
+            self._memories[ring.namespace, ring.name] = planned.decision.memory
         return acted, tuple(refusals)
 
     def _tell(self, ring: Ring, action: Action) -> None:
@@ -277,3 +323,9 @@ class Reconciler:
             self._metrics.events.labels(kind).inc()
         except ApiError as error:
             self._log.event("event_lost", level="warning", ring=f"{ring.namespace}/{ring.name}", error=str(error))
+
+
+def _moving(planned: Plan) -> bool:
+    """Whether moves are in flight, or begin now."""
+    new_map = planned.decision.new_map if planned.decision is not None else None
+    return bool(planned.moves) if new_map is None else bool(new_map.moves)

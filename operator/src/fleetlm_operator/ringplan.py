@@ -5,9 +5,10 @@
     every volume announced and no map                                                   → the first map, by `planning`
     claims smaller than asked                                                           → grow
     pods that are not as asked                                                          → `rolling`, one at a time
+    slots that are not where they should be                                             → moves, by `planning`
 
 Promise: level-triggered: the same observation gives the same actions; each is safe when done twice, by two operators,
-or late (apply, create, compare-and-swap, delete by uid). What would need slots to move is held, never forced.
+or late (apply, create, compare-and-swap, delete by uid). A pod that owns slots goes only to come back.
 Must not be done here: I/O, wording of the status (`verdict.py`).
 """
 
@@ -17,9 +18,8 @@ from typing import Final
 
 import msgspec
 
-from fleetlm_common.control import RingSpec, View
 from fleetlm_common.kubeapi import Object, Resource
-from fleetlm_common.kubenames import MANAGER, MANAGER_LABEL, RING_LABEL, SHARD_RINGS, ordinal_of
+from fleetlm_common.kubenames import LEASES, MANAGER, MANAGER_LABEL, RING_LABEL, SHARD_RINGS, shard_pod
 from fleetlm_common.ring import RingMap
 from fleetlm_operator import planning
 from fleetlm_operator.manifests import (
@@ -30,6 +30,8 @@ from fleetlm_operator.manifests import (
     ring_map,
     unwanted_policies,
 )
+from fleetlm_operator.membership import cordons, going, map_of, members_text, pods_needed, view_of
+from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.observed import Observed, Workload, is_ready, same_where_asked
 from fleetlm_operator.quantity import bytes_of
 from fleetlm_operator.resources import (
@@ -45,6 +47,8 @@ from fleetlm_operator.workloads import RENDERING, RENDERINGS, TEMPLATE_LABEL, de
 
 RENDERING_ANNOTATION: Final = "fleetlm.io/rendering"
 """On the StatefulSet: the rendering of its template."""
+MEMBERS_ANNOTATION: Final = "fleetlm.io/members"
+"""On the StatefulSet: ordinals of the ring map's members when it was written."""
 FOREIGN_NAMED_MAX: Final = 3
 """Objects in the way that are named; one is enough to begin with."""
 
@@ -59,11 +63,15 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Apply(msgspec.Struct, frozen=True):
-    """Server-side apply; `version` of what is there now shows afterwards whether that changed anything."""
+    """Server-side apply; `version` of what is there now shows afterwards whether that changed anything.
+
+    `guarded`: only if it is still of that version.
+    """
 
     child: Child
     why: str
     version: str = ""
+    guarded: bool = False
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -122,13 +130,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     roll: Roll
     growing: tuple[str, ...]
     """Claims that are smaller than asked."""
+    moves: int
+    """Moves in flight."""
 
 
-def plan(seen: Observed, defaults: Defaults) -> Plan:
-    """Decide what to do about one ring."""
+def plan(seen: Observed, defaults: Defaults, memory: Memory = NO_MEMORY, *, now_s: float = 0.0) -> Plan:
+    """Decide what to do about one ring.
+
+    Args:
+        seen: what was observed.
+        defaults: what the operator adds to the spec.
+        memory: of the decisions about moves before.
+        now_s: monotonic.
+    """
     ring = seen.ring
     images = images_of(seen, defaults)
-    shards = _shards(seen)
+    shards = pods_needed(seen)
     wanted = _wanted(seen, defaults, images, shards)
     template = _template_of(wanted)
     live = seen.stateful_set
@@ -141,10 +158,18 @@ def plan(seen: Observed, defaults: Defaults) -> Plan:
         for _, claim in sorted(seen.claims.items())
         if claim.requested_bytes < size or 0 < claim.capacity_bytes < claim.requested_bytes
     )
-    decision = None if seen.map_seen is None else planning.plan(view_of(seen))
+    free = obstacle is None and not ring.spec.paused and not ring.deleting
+    decision = None
+    if seen.map_seen is not None:
+        view = view_of(seen, cordons(seen, [*going(seen, template), *rolling.hands_over]))
+        # A pod that is replaced in this very step must not find itself in a move that was sealed meanwhile.
+        decision = planning.plan(view, memory, now_s=now_s, only_end=not free or bool(rolling.replace))
     actions: list[Action] = []
-    if obstacle is None and not ring.spec.paused and not ring.deleting:
+    if not free and decision is not None and decision.new_map is not None:
+        actions += _map_changes(seen, decision)
+    if free:
         actions += _repairs(seen, wanted)
+        actions += _left_behind(seen, shards)
         actions += _map_changes(seen, decision)
         actions += [
             Grow(claim.name, ring.spec.storage.size, f"grow {claim.name} to {ring.spec.storage.size}")
@@ -163,22 +188,8 @@ def plan(seen: Observed, defaults: Defaults) -> Plan:
         decision=decision,
         roll=rolling,
         growing=growing,
+        moves=0 if (ring_map := map_of(seen)) is None else len(ring_map.moves),
     )
-
-
-def view_of(seen: Observed) -> View:
-    """The ring as the controller over any control plane sees it; ready is what Kubernetes says of the pods now."""
-    assert seen.map_seen is not None
-    ready = {f"shard-{number}" for number, pod in seen.pods.items() if is_ready(pod)}
-    shards = {name: msgspec.structs.replace(endpoint, ready=name in ready) for name, endpoint in seen.endpoints.items()}
-    # Until the StatefulSet follows moves: no shard more or less than the map has.
-    spec = RingSpec(
-        uid=seen.map_seen.ring_uid,
-        slots=seen.map_seen.slots,
-        shards=_shards(seen),
-        given_up=seen.ring.spec.given_up_volumes,
-    )
-    return View(spec=spec, map=seen.map_seen.map, shards=shards)
 
 
 def images_of(seen: Observed, defaults: Defaults) -> Images:
@@ -206,13 +217,6 @@ def images_of(seen: Observed, defaults: Defaults) -> Images:
     return Images(shard=image("shard", spec.image.shard, shard), gateway=image("gateway", spec.image.gateway, gateway))
 
 
-def _shards(seen: Observed) -> int:
-    """Pods that there should be: once there is a map its members, until slots can move to others."""
-    if seen.map_seen is None or seen.map_seen.map is None:
-        return seen.ring.spec.replicas
-    return max(ordinal_of(member.name) for member in seen.map_seen.map.members) + 1
-
-
 def _wanted(seen: Observed, defaults: Defaults, images: Images, shards: int) -> list[Child]:
     """Every child as it should be, those that others need first."""
     ring = seen.ring
@@ -222,7 +226,7 @@ def _wanted(seen: Observed, defaults: Defaults, images: Images, shards: int) -> 
     parts = [finished(child, ring) for child in furniture(ring, shards=shards, operator_namespace=defaults.namespace)]
     rendering = _rendering(ring, live, images, shards=shards, claim_size=claim_size)
     body = stateful_set(ring, images, replicas=shards, claim_size=claim_size, rendering=rendering)
-    shard_set = finished(Child(STATEFUL_SETS, _with_rendering(body, rendering)), ring)
+    shard_set = finished(Child(STATEFUL_SETS, _annotated(body, rendering, members_text(seen))), ring)
     gateways = finished(Child(DEPLOYMENTS, deployment(ring, _gateway_images(seen, images, shard_set))), ring)
     return [
         finished(credential(ring), ring),
@@ -242,9 +246,9 @@ def _rendering(ring: Ring, live: Workload | None, images: Images, *, shards: int
     return RENDERING
 
 
-def _with_rendering(body: Object, rendering: int) -> Object:
-    metadata = {**body["metadata"], "annotations": {RENDERING_ANNOTATION: str(rendering)}}
-    return {**body, "metadata": metadata}
+def _annotated(body: Object, rendering: int, members: str) -> Object:
+    annotations = {RENDERING_ANNOTATION: str(rendering), MEMBERS_ANNOTATION: members}
+    return {**body, "metadata": {**body["metadata"], "annotations": annotations}}
 
 
 def _gateway_images(seen: Observed, images: Images, shard_set: Child) -> Images:
@@ -320,12 +324,28 @@ def _repairs(seen: Observed, wanted: list[Child]) -> list[Action]:
         elif existing.meta.deletion_timestamp is not None:
             continue  # it comes back when it is gone
         elif not _as_asked(child, existing.meta.annotations.get(APPLIED_ANNOTATION, ""), existing.body):
-            actions.append(Apply(child, f"apply {child.key}", existing.meta.resource_version))
+            version, fewer = existing.meta.resource_version, _gives_pods_up(seen, child)
+            actions.append(Apply(child, f"apply {child.key}", version, guarded=fewer))
     for name in unwanted_policies(seen.ring):
         there = seen.children.get(f"{NETWORK_POLICIES.kind} {name}")
         if there is not None and there.meta.labels.get(RING_LABEL) == seen.ring.name:
             actions.append(Delete(NETWORK_POLICIES, name, there.meta.uid, f"remove NetworkPolicy {name}"))
     return actions
+
+
+def _gives_pods_up(seen: Observed, child: Child) -> bool:
+    live = seen.stateful_set
+    return child.resource == STATEFUL_SETS and live is not None and child.body["spec"]["replicas"] < live.replicas
+
+
+def _left_behind(seen: Observed, shards: int) -> list[Action]:
+    """Announcements of shards that are gone: a later shard of that name must not be taken for them."""
+    kept = {shard_pod(seen.ring.name, number) for number in {*range(shards), *seen.pods}}
+    return [
+        Delete(LEASES, there.meta.name, there.meta.uid, f"remove Lease {there.meta.name}")
+        for key, there in sorted(seen.children.items())
+        if key.startswith(f"{LEASES.kind} ") and there.meta.name not in kept and there.meta.deletion_timestamp is None
+    ]
 
 
 def _as_asked(child: Child, applied: str, there: Object) -> bool:

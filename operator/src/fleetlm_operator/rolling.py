@@ -1,7 +1,8 @@
 """Which pod may be replaced next, and what keeps it. Pure.
 
     broken and outdated            at once: it serves nobody, and changing a bad image back must heal by itself
-    outdated, everything else well one at a time, those that are not ready first, then from the highest ordinal down
+    outdated, everything else well one at a time: those that are not ready first, then those that serve nothing, then
+                                   from the highest ordinal down; with `Handover` it gives its slots away first
 
 Promise: a good pod is replaced only while every other shard serves and every pod that was changed before has become
 ready: a bad image stops at the first pod. Must not be done here: deleting (`kubeworld.py` does, by the pod's uid, so
@@ -15,6 +16,8 @@ from typing import Final
 
 import msgspec
 
+from fleetlm_common.ring import Move
+from fleetlm_operator.membership import can_hand_over, is_empty, map_of
 from fleetlm_operator.observed import ContainerStatus, Observed, Pod, Waiting, condition_of, is_ready
 from fleetlm_operator.workloads import TEMPLATE_LABEL
 
@@ -55,6 +58,8 @@ class Roll(msgspec.Struct, frozen=True):
     blocks: tuple[Block, ...]
     subject: str
     """The pod that is waited for, or goes next."""
+    hands_over: tuple[int, ...] = ()
+    """Shards that give their slots to others before they go."""
 
 
 def trouble_of(pod: Pod, *, now: datetime, deadline: timedelta) -> Trouble | None:
@@ -99,13 +104,26 @@ def roll(seen: Observed, *, template: str, applied: bool) -> Roll:
     broken = [pod for pod in outdated.values() if pod not in going and _is_broken(pod, seen)]
     if broken:
         return Roll(numbers, tuple(broken), (), broken[0].metadata.name)
-    well = [(is_ready(pod), -number, pod) for number, pod in outdated.items() if pod not in going]
-    if not well:
-        return Roll(numbers, (), (), going[0].metadata.name)
-    candidate = min(well, key=lambda each: each[:2])[2]
+    staying = {number: pod for number, pod in outdated.items() if pod not in going and number < seen.ring.spec.replicas}
+    if not staying:  # those that leave the ring go as they are
+        subject = going[0].metadata.name if going else outdated[numbers[-1]].metadata.name
+        return Roll(numbers, (), (), subject)
+    number = min(staying, key=lambda each: (is_ready(staying[each]), not is_empty(seen, each), -each))
+    candidate = staying[number]
     blocks = _blocks(seen, candidate, template)
+    hands_over = seen.ring.spec.update.strategy == "Handover" and not blocks and can_hand_over(seen, number)
+    if hands_over and not is_empty(seen, number):
+        blocks = (Block("SlotsHandedOver", f"{candidate.metadata.name} hands its slots over first"),)
+    sealed = [move for move in _moves(seen) if f"shard-{number}" in (move.source, move.target)]
+    if not blocks and any(move.state == "Sealing" for move in sealed):
+        blocks = (Block("NoMoveSealed", f"{candidate.metadata.name} is ending a move"),)
     subject = blocks[0].message.split(" ", 1)[0] if blocks else candidate.metadata.name
-    return Roll(numbers, () if blocks else (candidate,), blocks, subject)
+    return Roll(numbers, () if blocks else (candidate,), blocks, subject, (number,) if hands_over else ())
+
+
+def _moves(seen: Observed) -> tuple[Move, ...]:
+    ring_map = map_of(seen)
+    return () if ring_map is None else ring_map.moves
 
 
 def _blocks(seen: Observed, candidate: Pod, template: str) -> tuple[Block, ...]:

@@ -13,11 +13,12 @@ from typing import Final, Literal
 import msgspec
 
 from fleetlm_common.kubeapi import Object
-from fleetlm_common.kubenames import CLIENT_PORT, gateway_workload, selector
+from fleetlm_common.kubenames import CLIENT_PORT, gateway_workload, ordinal_of, selector
+from fleetlm_operator.membership import map_of, view_of
 from fleetlm_operator.observed import Observed, is_ready
 from fleetlm_operator.planning import volumes_lost
 from fleetlm_operator.resources import DEPLOYMENTS
-from fleetlm_operator.ringplan import Apply, Plan, view_of
+from fleetlm_operator.ringplan import Apply, Plan
 from fleetlm_operator.rolling import Block, Trouble, trouble_of
 from fleetlm_operator.telling import ARCHIVE_WORDS, LOST_WORDS, UNREADABLE_WORDS, listed, said_by, word_of
 
@@ -25,6 +26,10 @@ MESSAGE_CHARS_MAX: Final = 1000
 """Of a condition's message; the schema takes 1,024."""
 BLOCKS_MAX: Final = 8
 """Predicates in the status; the schema takes as many."""
+BLOCK_CHARS_MAX: Final = 500
+"""Of what a predicate waits for; the schema takes 512."""
+MOVES_WAIT: Final = {"ShardsNotReady": "ShardsServe", "MoveStalled": "MovesGetOn", "Held": "MapUsable"}
+"""Predicates of moves, by the plan's word for what keeps them."""
 GATEWAY_STARTS: Final = timedelta(seconds=30)
 """A gateway that comes (a node was drained, a pod was deleted) is no trouble while another one serves."""
 
@@ -35,7 +40,8 @@ ProgressingReason = Literal[
     "RollingUpgrade",
     "VolumeGrowth",
     "GatewayRollout",
-    "ReplicasHeld",
+    "Scaling",
+    "Rebalancing",
     "StorageNotExpandable",
     "Stalled",
     "Paused",
@@ -69,6 +75,7 @@ StalledReason = Literal[
     "Unschedulable",
     "ProgressDeadlineExceeded",
     "GatewaysStuck",
+    "MovesStalled",
     "ChangeRefused",
 ]
 PausedReason = Literal["NotPaused", "PausedBySpec"]
@@ -120,6 +127,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True):
     lost: str
     """Which shards have another volume than the map's, in a sentence."""
     unready: tuple[int, ...]
+    unserved: tuple[int, ...]
+    """Of these, those that own slots."""
     troubles: tuple[Trouble, ...]
     gateways: int
     gateways_ready: int
@@ -147,7 +156,7 @@ def judge(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> Verdict:
         done=done,
         total=total,
         subject=subject,
-        blocks=plan.roll.blocks[:BLOCKS_MAX],
+        blocks=_blocks(facts, operation)[:BLOCKS_MAX],
         all_there=not facts.unready and facts.gateways_ready >= facts.gateways,
     )
 
@@ -192,12 +201,16 @@ def _facts(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> _Facts:
     found = (_explained(seen, number, deadline) for number in sorted(seen.pods))
     there = seen.map_seen
     gateways = seen.deployment
+    ring_map = map_of(seen)
+    unready = tuple(n for n in range(plan.shards) if n not in seen.pods or not is_ready(seen.pods[n]))
+    owners = set() if ring_map is None else {ordinal_of(found.owner) for found in ring_map.ranges}
     return _Facts(
         seen=seen,
         plan=plan,
         has_map=there is not None and there.map is not None,
         lost="" if there is None else _lost(seen, plan),
-        unready=tuple(n for n in range(plan.shards) if n not in seen.pods or not is_ready(seen.pods[n])),
+        unready=unready,
+        unserved=tuple(number for number in unready if number in owners),
         troubles=tuple(trouble for trouble in found if trouble is not None),
         gateways=seen.ring.spec.gateway.replicas,
         gateways_ready=gateways.available if gateways else 0,
@@ -240,13 +253,50 @@ def _operation(facts: _Facts) -> tuple[str, int, int, str]:
         return "BringUp", ready, total, waiting
     if plan.roll.outdated:
         return "RollingUpgrade", total - len(plan.roll.outdated), total, plan.roll.subject
+    if _scales(facts):
+        return "Scaling", *_moved(facts, waiting)
     # The last pod of an upgrade is as asked and not ready yet; after a bring-up likewise. Only the status remembers.
     if facts.unready and before is not None and before.kind in {"RollingUpgrade", "BringUp"}:
         return before.kind, ready, total, waiting
+    if plan.moves or _left(facts):
+        before_scaled = before is not None and before.kind == "Scaling"
+        return "Scaling" if before_scaled else "Rebalancing", *_moved(facts, waiting)
     growing = [name for name in plan.growing if not any(refusal.storage for refusal in facts.refusals)]
     if growing:
         return "VolumeGrowth", total - len(growing), total, growing[0]
     return _gateway_operation(facts)
+
+
+def _scales(facts: _Facts) -> bool:
+    """Whether the ring has other shards than it is asked for, or pods that it does not need any more."""
+    ring_map = map_of(facts.seen)
+    members = set() if ring_map is None else {ordinal_of(member.name) for member in ring_map.members}
+    live = facts.seen.stateful_set
+    pods = {*facts.seen.pods, *range(live.replicas if live is not None else 0)}
+    return members != set(range(facts.seen.ring.spec.replicas)) or any(number >= facts.plan.shards for number in pods)
+
+
+def _left(facts: _Facts) -> int:
+    """Slots that are not where they should be."""
+    return facts.plan.decision.slots_left if facts.plan.decision is not None else 0
+
+
+def _moved(facts: _Facts, waiting: str) -> tuple[int, int, str]:
+    """Slots that are where they should be, of all."""
+    slots = facts.seen.ring.spec.slots
+    return slots - _left(facts), slots, waiting
+
+
+def _blocks(facts: _Facts, operation: str) -> tuple[Block, ...]:
+    """What keeps the next step from being done."""
+    decision = facts.plan.decision
+    if operation not in {"Scaling", "Rebalancing"} and not any(
+        block.predicate == "SlotsHandedOver" for block in facts.plan.roll.blocks
+    ):
+        return facts.plan.roll.blocks
+    if decision is None or decision.reason not in MOVES_WAIT:
+        return facts.plan.roll.blocks
+    return (*facts.plan.roll.blocks, Block(MOVES_WAIT[decision.reason], decision.sentence[:BLOCK_CHARS_MAX]))
 
 
 def _gateway_operation(facts: _Facts) -> tuple[str, int, int, str]:
@@ -270,10 +320,12 @@ def _stalled(facts: _Facts, operation: str) -> Said:
     refused = [refusal for refusal in facts.refusals if not refusal.storage]
     if refused:
         return Said("True", "ChangeRefused", f"{refused[0].action}: {refused[0].message}")
-    if operation in {"BringUp", "RollingUpgrade"} and facts.troubles:
+    if operation in {"BringUp", "RollingUpgrade", "Scaling", "Rebalancing"} and facts.troubles:
         rest = len(facts.troubles) - 1
         more = f" (and {rest} more)" if rest else ""
         return Said("True", facts.troubles[0].reason, facts.troubles[0].message + more)
+    if facts.plan.decision is not None and facts.plan.decision.reason == "MoveStalled":
+        return Said("True", "MovesStalled", facts.plan.decision.sentence)
     before = facts.seen.ring.status.operation
     missing = [number for number in range(facts.plan.shards) if number not in facts.seen.pods]
     if missing and before is not None and before.kind == operation and _older(facts.seen, before.since):
@@ -298,17 +350,18 @@ def _ready(facts: _Facts) -> Said:
         return Said("False", "NoRingMap", text)
     if facts.lost:
         return Said("False", "VolumeLost", facts.lost)
-    if facts.unready:
-        text = f"{len(facts.unready)} of {facts.plan.shards} shards not ready: {_why_unready(facts)}"
+    if facts.unserved:
+        text = f"{len(facts.unserved)} of {facts.plan.shards} shards not ready: {_why_unready(facts)}"
         return Said("False", "ShardsNotReady", text)
     if facts.gateways_ready == 0:
         return Said("False", "GatewaysNotReady", "no gateway is available")
-    return Said("True", "Serving", f"{facts.plan.shards} shards and {facts.gateways_ready} gateways serve")
+    return Said(
+        "True", "Serving", f"{facts.plan.shards - len(facts.unready)} shards and {facts.gateways_ready} gateways serve"
+    )
 
 
 def _progressing(facts: _Facts, operation: str, stalled: Said) -> Said:
     spec = facts.seen.ring.spec
-    held = facts.has_map and spec.replicas != facts.plan.shards
     storage = next((refusal for refusal in facts.refusals if refusal.storage), None)
     if facts.seen.ring.deleting:
         return Said("False", "Deleting", "the ring is being deleted")
@@ -318,12 +371,6 @@ def _progressing(facts: _Facts, operation: str, stalled: Said) -> Said:
         return Said("False", "Stalled", stalled.message)
     if operation:
         return Said("True", operation, _progress_text(facts, operation))
-    if held:
-        text = (
-            f"spec.replicas is {spec.replicas}, the ring has {facts.plan.shards} shards; slots cannot move between "
-            f"shards yet: set spec.replicas to {facts.plan.shards}"
-        )
-        return Said("False", "ReplicasHeld", text)
     if storage is not None:
         text = f"volumes keep their size, new ones get {spec.storage.size}: {storage.message}"
         return Said("False", "StorageNotExpandable", text)
@@ -341,9 +388,22 @@ def _progress_text(facts: _Facts, operation: str) -> str:
         if rolling.blocks:
             return f"{what}; waiting: {rolling.blocks[0].message}"
         return f"{what}; waiting for {rolling.subject or f'shard-{facts.unready[0]}'}"
+    if operation in {"Scaling", "Rebalancing"}:
+        return _moving_text(facts)
     if operation == "VolumeGrowth":
         return f"growing {facts.plan.growing[0]} to {facts.seen.ring.spec.storage.size}"
     return "changing the gateways"
+
+
+def _moving_text(facts: _Facts) -> str:
+    """From how many shards to how many, and how far the moves are."""
+    ring_map, asked = map_of(facts.seen), facts.seen.ring.spec.replicas
+    members = 0 if ring_map is None else len(ring_map.members)
+    what = f"{members} of {asked} shards are members" if members < asked else f"{members} members, {asked} asked for"
+    if members == asked:
+        what = f"{asked} shards"
+    decided = facts.plan.decision.sentence if facts.plan.decision else ""
+    return f"{what}; {decided}"
 
 
 def _degraded(facts: _Facts, operation: str, stalled: Said) -> Said:
@@ -374,6 +434,8 @@ def _map_held(facts: _Facts) -> str:
 
 def _shards_missed(facts: _Facts, operation: str, stalled: Said) -> str:
     """Shards that are away beyond what is under way."""
+    if operation == "Scaling":  # those that come or go own nothing
+        return "" if not facts.unserved else f"shards do not serve: {_why_unready(facts)}"
     expected = facts.seen.ring.spec.update.max_unavailable if operation == "RollingUpgrade" else 0
     if operation == "BringUp":
         expected = facts.plan.shards

@@ -37,9 +37,9 @@ from fleetlm_operator.ringspec import Archive, Images, Resources, Ring, Scheduli
 
 TEMPLATE_LABEL: Final = "fleetlm.io/template"
 """On pods: which template they were made from; a pod with another value than its StatefulSet's is outdated."""
-RENDERING: Final = 1
-"""The newest rendering of pod templates."""
-RENDERINGS: Final = frozenset({1})
+RENDERING: Final = 2
+"""The newest rendering of pod templates. 2: shards hand their slots over when they are asked to end."""
+RENDERINGS: Final = frozenset({1, 2})
 """Every rendering that some ring may still run."""
 ARCHIVE_MOUNT: Final = "/etc/fleetlm/archive"
 """Where the Secret of the archive is; the documentation of `secretRef` names it."""
@@ -49,6 +49,8 @@ GATEWAY_END_S: Final = 12
 """A gateway's longest way to the end after its drain window (docs/operations/configuration.md)."""
 PRE_STOP_S: Final = 5
 """A gateway goes on for so long after it was asked to end: until no Service sends anybody to it any more."""
+CHECKPOINT_S: Final = 25
+"""Of a shard's grace period: for its checkpoint, and for what goes more slowly than it should (a rule of the schema)."""
 GRACE_MARGIN_S: Final = 8
 """What is left of a grace period when everything went as slowly as it may."""
 
@@ -66,7 +68,7 @@ def stateful_set(ring: Ring, images: Images, *, replicas: int, claim_size: str, 
     assert rendering in RENDERINGS
     labels = ring_labels(ring.name, "shard")
     match = selector(ring.name, "shard")
-    template = _template(ring, labels, _shard_pod(ring, images))
+    template = _template(ring, labels, _shard_pod(ring, images, rendering))
     claim: Object = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -124,7 +126,7 @@ def _template(ring: Ring, labels: dict[str, str], pod: Object) -> Object:
     return {"metadata": {"labels": labels | {TEMPLATE_LABEL: digest(pod)}}, "spec": pod}
 
 
-def _shard_pod(ring: Ring, images: Images) -> Object:
+def _shard_pod(ring: Ring, images: Images, rendering: int) -> Object:
     spec = ring.spec
     settings = {
         "NAME": "shard-$(POD_INDEX)",
@@ -147,6 +149,9 @@ def _shard_pod(ring: Ring, images: Images) -> Object:
         "LOG_LEVEL": spec.log_level,
         "LOG_STYLE": "json",
     }
+    if rendering >= 2:
+        drain = spec.drain
+        settings["HANDOVER_S"] = str(drain.termination_grace_period_seconds - drain.timeout_seconds - CHECKPOINT_S)
     container = _container(
         "shard",
         image=images.shard,

@@ -78,6 +78,8 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Requests in flight on one connection; past it `TRY_AGAIN overloaded`."""
     clean_after_s: Annotated[float, Meta(ge=0)] = 60.0
     """How long a copy of a slot that has moved away (or of a move that was aborted) stays, in seconds."""
+    handover_s: Annotated[float, Meta(ge=0)] = 0.0
+    """At SIGTERM: seconds that it serves on while other shards take its slots, if a controller lets them; 0: none."""
     drain_s: Annotated[float, Meta(ge=0)] = 5.0
     """At SIGTERM: seconds that the batch in flight and its answers may take before the shard ends anyway."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

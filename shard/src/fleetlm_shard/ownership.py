@@ -109,6 +109,21 @@ class Ownership:
         """Slots that may be read now."""
         return self.serves | self.sealed.keys()
 
+    @property
+    def holds(self) -> int:
+        """Slots that are served here, or have a queue."""
+        return len(self.readable | self.held.slots)
+
+    @property
+    def leaving(self) -> bool:
+        """Moves away from here are in flight."""
+        return self.map is not None and any(move.source == self._shard for move in self.map.moves)
+
+    @property
+    def has_others(self) -> bool:
+        """There are shards that could take slots."""
+        return self.map is not None and len(self.map.members) > 1
+
     def owner_of(self, slot: Slot) -> SlotRange | None:
         """Who owns the slot by the newest map."""
         return self._owners[slot] if self._owners else None

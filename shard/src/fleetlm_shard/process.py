@@ -66,6 +66,10 @@ PROGRESS_S: Final = 0.5
 """How often the counts of a move are announced; a change of its state is at once."""
 ANNOUNCE_S: Final = 0.2
 """How often it is looked whether there is something new to announce: where we are, whether we are ready."""
+HANDOVER_BEGINS_S: Final = 2.0
+"""A shard that is asked to end waits so long for a move away from it: a controller begins one within a second."""
+HANDOVER_LOOK_S: Final = 0.02
+"""How often it looks whether others have its slots; users are served meanwhile."""
 FLUSH_S: Final = 0.5
 """For answers on their way out of a process that ends."""
 
@@ -123,6 +127,7 @@ class ShardProcess:
             )
         )
         self._refused: Health | None = None
+        self._handing_over = False
         self._volume: Volume | None = None
         self._shard: Shard | None = None
         self._listener: asyncio.Server | None = None
@@ -148,7 +153,7 @@ class ShardProcess:
         host, port = host_port(self._config.ops_listen, variable=PREFIX + "OPS_LISTEN")
         self._ops_port = await self._ops.start(host, port)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._end, "signal")
+            self._loop.add_signal_handler(number, self._asked_to_end)
         self._events.event("started", ops_port=self._ops_port, pid=os.getpid())
         self._run("serve", self._serve())
         ending = await self._ended
@@ -305,10 +310,32 @@ class ShardProcess:
             ready=ready,
             moves=() if shard is None else shard.moves.progress,
             epoch=Epoch(0) if ownership is None else ownership.acted_epoch,
-            serves=-1 if ownership is None else len(ownership.readable | ownership.held.slots),
+            serves=-1 if ownership is None else ownership.holds,
         )
 
     # Ending ----------------------------------------------------------------------------------------------------------
+
+    def _asked_to_end(self) -> None:
+        """A second signal does not wait for anybody."""
+        if self._config.handover_s and self._shard is not None and not self._handing_over:
+            self._handing_over = True
+            self._run("hand over", self._hand_over(self._shard))
+        else:
+            self._end("signal")
+
+    async def _hand_over(self, shard: Shard) -> None:
+        """Serve on while others take the slots; nobody does if no move begins soon, and then ending is all that helps."""
+        self._events.event("handing_over", slots=len(shard.ownership.readable))
+        clock = self._outside.clock
+        begun_s = moved_s = clock.monotonic_s()
+        while shard.ownership.holds and clock.monotonic_s() - begun_s < self._config.handover_s:
+            if shard.ownership.leaving:
+                moved_s = clock.monotonic_s()
+            if not shard.ownership.has_others or clock.monotonic_s() - moved_s > HANDOVER_BEGINS_S:
+                break
+            await asyncio.sleep(HANDOVER_LOOK_S)
+        self._events.event("handed_over", left=shard.ownership.holds, seconds=round(clock.monotonic_s() - begun_s, 3))
+        self._end("signal")
 
     def _end(self, why: Ending) -> None:
         if not self._ended.done():
