@@ -89,6 +89,14 @@ def _digest() -> str:
     return hasher.hexdigest()[:16]
 
 
+def _names(context: Path) -> str:
+    """What the wheels are, in 16 hex digits: sources may change while images are being built of them."""
+    hasher = hashlib.sha256()
+    for file in sorted((context / "wheels").iterdir()):
+        hasher.update(f"{file.name}\n".encode() + file.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
 def _wheels(folder: Path) -> None:
     """The members' wheels, pip's, and those of every dependency as locked."""
     uv = _uv()
@@ -134,7 +142,7 @@ def _by_docker(context: Path, made: Path) -> None:
                 "--target",
                 target,
                 "--build-arg",
-                f"WHEELS={_digest()}",
+                f"WHEELS={_names(context)}",
                 "--tag",
                 name(target),
                 context,
@@ -153,13 +161,14 @@ def _by_buildah(context: Path, made: Path) -> None:
     dockerfile = paths.ROOT / "images" / "Dockerfile"
     # Chroot isolation has no network of its own; the build asks for nothing (--no-index).
     options = ("--isolation", "chroot", "--network", "host", "--layers", "--build-arg", f"BASE={BASE}")
-    options += ("--build-arg", f"WHEELS={_digest()}")
+    wheels = ("--build-arg", f"WHEELS={_names(context)}")
     for target in TARGETS:
         with Step(f"image {target} by buildah"):
             line = (
                 "buildah",
                 "bud",
                 *options,
+                *wheels,
                 "--file",
                 dockerfile,
                 "--target",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
 
@@ -32,6 +33,17 @@ async def images_of(ring: Ring, component: str) -> list[str]:
     return [image_of(pod) for pod in await ring.pods(component)]
 
 
+async def shares(ring: Ring) -> set[str]:
+    """The ring map's members, each with its share of the slots within one."""
+    ring_map = (await get(ring.namespace, "ringmap", ring.name))["spec"]["map"]
+    owned = Counter[str]()
+    for found in ring_map["ranges"]:
+        owned[found["owner"]] += found["last"] - found["first"] + 1
+    assert set(owned) == {member["name"] for member in ring_map["members"]}
+    assert max(owned.values()) - min(owned.values()) <= 1
+    return set(owned)
+
+
 async def test_an_upgrade_in_place(changed: Ring) -> None:
     """Shard by shard, then the gateways; each on its own volume; nothing is lost."""
     claims = [pod["spec"]["volumes"] for pod in await changed.pods("shard")]
@@ -46,6 +58,22 @@ async def test_an_upgrade_in_place(changed: Ring) -> None:
     data = [[one for one in each if one["name"] == "data"] for each in claims]
     now = [[one for one in pod["spec"]["volumes"] if one["name"] == "data"] for pod in await changed.pods("shard")]
     assert now == data
+
+
+async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
+    """Each shard gives its slots away before its pod goes: the ring is Ready throughout, at the end all is even."""
+
+    async def script(traffic: Traffic) -> None:
+        await changed.apply({"version": UPGRADE, "replicas": 3, "update": {"strategy": "Handover"}})
+        ready = asyncio.create_task(changed.ready())
+        while not ready.done():
+            assert (await changed.condition("Ready"))["reason"] in {"Serving", "GatewaysNotReady"}
+            await asyncio.sleep(0.5)
+        await ready
+
+    await under_traffic(changed, "upgrade of 3 shards and 2 gateways with hand-over", script)
+    assert await images_of(changed, "shard") == [published("shard", UPGRADE)] * 3
+    assert await shares(changed) == {f"shard-{number}" for number in range(3)}
 
 
 async def test_a_bad_image_and_a_change_of_mind(changed: Ring) -> None:
@@ -93,14 +121,7 @@ async def test_more_shards_and_fewer(changed: Ring) -> None:
     async def scaled(replicas: int) -> None:
         await kubectl("scale", f"shardring/{changed.name}", "-n", changed.namespace, f"--replicas={replicas}")
         await changed.ready()
-        ring_map = (await get(changed.namespace, "ringmap", changed.name))["spec"]["map"]
-        names = {f"shard-{number}" for number in range(replicas)}
-        assert {member["name"] for member in ring_map["members"]} == names
-        owned = Counter[str]()
-        for found in ring_map["ranges"]:
-            owned[found["owner"]] += found["last"] - found["first"] + 1
-        assert set(owned) == names
-        assert max(owned.values()) - min(owned.values()) <= 1
+        assert await shares(changed) == {f"shard-{number}" for number in range(replicas)}
         assert len(await changed.pods("shard")) == replicas
 
     async def script(traffic: Traffic) -> None:

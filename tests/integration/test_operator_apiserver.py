@@ -10,7 +10,9 @@ from typing import Final
 import pytest
 import yaml
 
+from fleetlm_common.ids import ShardName
 from fleetlm_common.kubeapi import ApiError, ApiRefused, Object, Resource
+from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
 from fleetlm_common.ops import Health
 from fleetlm_operator.resources import (
@@ -304,22 +306,31 @@ async def test_volumes_grow_where_the_class_allows_it(world: World) -> None:
         assert await world.pods() == pods
 
 
-async def test_scaling_without_moves_is_held(world: World) -> None:
-    """`kubectl scale` up and down: pods, map and volumes stay as they are and the condition says what to do."""
+async def test_more_shards_and_fewer(world: World) -> None:
+    """`kubectl scale` 3 → 5 → 2: slots move by the map, pods that go are the last to; the ring is Ready throughout."""
     await world.make()
     await world.operator("one")
     async with PlayedNodes(world.api, world.namespace):
         await world.until_reason("Progressing", "False/Settled")
-        pods = await world.pods()
+        kept = await world.pods()
         for replicas in (5, 2):
             await world.scale(replicas)
-            await world.until_reason("Progressing", "False/ReplicasHeld")
-            assert "set spec.replicas to 3" in await world.message("Progressing")
+            await world.until_reason("Progressing", "True/Scaling")
             assert await world.reason("Ready") == "True/Serving"
-            assert await world.pods() == pods
-        await world.scale(3)
-        await world.until_reason("Progressing", "False/Settled")
-        assert await world.pods() == pods
+            await world.until_reason("Progressing", "False/Settled")
+            found = await world.api.get(RING_MAPS, world.namespace, "demo")
+            assert found is not None
+            ring_map = read_ring_map(found)[1]
+            assert ring_map is not None
+            names = [f"shard-{number}" for number in range(replicas)]
+            counts = [len(ring_map.slots_of(ShardName(name))) for name in names]
+            assert [member.name for member in ring_map.members] == names
+            assert sum(counts) == ring_map.slots
+            assert max(counts) - min(counts) <= 1
+            leases = await world.api.list(LEASES, world.namespace, labels=f"{RING_LABEL}=demo")
+            assert len(leases.items) == replicas
+        shards = await world.api.list(PODS, world.namespace, labels="app.kubernetes.io/component=shard")
+        assert {pod["metadata"]["uid"] for pod in shards.items} < kept
 
 
 async def test_an_upgrade_of_the_operator_rolls_nothing(world: World) -> None:

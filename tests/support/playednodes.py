@@ -19,8 +19,8 @@ from typing import Any, Final
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from fleetlm_common.control import ShardEndpoint
-from fleetlm_common.ids import ShardName, Term
+from fleetlm_common.control import MoveProgress, ShardEndpoint
+from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.kubeapi import ApiError, KubeApi, Object
 from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import (
@@ -93,9 +93,9 @@ class PlayedNodes:
             labels = pod["metadata"]["labels"]
             ring, shard = labels[INSTANCE_LABEL], labels[COMPONENT_LABEL] == "shard"
             name = pod["metadata"]["name"]
-            ready = await self._serves(ring, pod) if shard else True
             bad = pod["spec"]["containers"][0]["image"].endswith(":bad") or name in self.held
             address = await self._address(name) if shard and not bad else ""
+            ready = await self._serves(ring, pod, address) if shard and not bad else not shard
             await self._say(pod, ready=ready and not bad and self._word(name).ok, bad=bad, address=address)
             if shard:
                 shards.setdefault(ring, []).append(is_ready(pod_from(pod)))
@@ -123,15 +123,29 @@ class PlayedNodes:
         ring_map = None if found is None else read_ring_map(found)[1]
         return 0 if ring_map is None else len(ring_map.members)
 
-    async def _serves(self, ring: str, pod: Object) -> bool:
-        """The shard announces itself; whether the map has it."""
+    async def _serves(self, ring: str, pod: Object, address: str) -> bool:
+        """The shard announces itself, and how far its moves are; whether the map has it."""
         name = pod["metadata"]["name"]
-        number = name.rpartition("-")[2]
-        endpoint = ShardEndpoint(ShardName(f"shard-{number}"), f"volume-{name}", Term(1), "10.0.0.1", 4100, "http://x")
+        shard = ShardName(f"shard-{name.rpartition('-')[2]}")
+        found = await self._api.get(RING_MAPS, self._namespace, ring)
+        ring_map = None if found is None else read_ring_map(found)[1]
+        said = {"Copying": "Ready", "Sealing": "Confirmed"}
+        moves = () if ring_map is None else tuple(move for move in ring_map.moves if move.target == shard)
+        endpoint = ShardEndpoint(
+            name=shard,
+            volume_id=f"volume-{name}",
+            term=Term(1),
+            host=address,
+            port=4100,
+            ops_url="http://x",
+            moves=tuple(msgspec.convert({"id": m.id, "state": said[m.state]}, MoveProgress) for m in moves),
+            epoch=Epoch(0) if ring_map is None else ring_map.epoch,
+            serves=0 if ring_map is None else len(ring_map.slots_of(shard)),
+        )
         text = msgspec.json.encode(endpoint).decode()
         body: Object = {"metadata": {"annotations": {ENDPOINT_ANNOTATION: text}}}
         await self._api.merge(LEASES, self._namespace, name, body, manager="shard")
-        return await self._members(ring) > int(number)
+        return ring_map is not None and ring_map.member(shard) is not None
 
     async def _say(self, pod: Object, *, ready: bool, bad: bool, address: str) -> None:
         status = "True" if ready else "False"

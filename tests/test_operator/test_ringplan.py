@@ -439,7 +439,7 @@ def test_what_the_server_refuses_is_said() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["step", "step", "step", "good", "other", "bad", "crash", "heal", "pause", "resume", "scale"]),
+        st.sampled_from(["step", "step", "step", "good", "other", "bad", "crash", "heal", "pause", "resume"]),
         max_size=40,
     )
 )
@@ -456,8 +456,6 @@ def test_whatever_people_do_at_most_one_good_pod_is_away(moves: list[str]) -> No
                 cluster.crashed.clear()
             case "pause" | "resume":
                 cluster.edit(paused=move == "pause")
-            case "scale":
-                cluster.edit(replicas=4)
             case _:
                 serving = {pod.metadata.name for pod in cluster.pods.values() if is_ready(pod)}
                 gone = set(deletions(cluster.step()))

@@ -65,8 +65,10 @@ def _shown(seen: Observed, said: ShardEndpoint) -> ShardEndpoint | None:
     number, ring_map = ordinal_of(said.name), map_of(seen)
     pod = seen.pods.get(number)
     member = None if ring_map is None else ring_map.member(said.name)
-    if member is None and (pod is None or is_going(pod) or pod.status.pod_ip != said.host or not _kept(seen, number)):
-        return None
+    if member is None:
+        spoke = pod is not None and not is_going(pod) and bool(said.host) and pod.status.pod_ip == said.host
+        if not spoke or not _kept(seen, number):
+            return None
     owns = ring_map is not None and any(found.owner == said.name for found in ring_map.ranges)
     return msgspec.structs.replace(said, ready=pod is not None and _serves(pod) and (owns or _known(seen, number)))
 

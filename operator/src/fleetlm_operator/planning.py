@@ -13,7 +13,7 @@ is silent, slow or busy. Must not be done here: I/O, reading clocks.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Final, Literal
 
 import msgspec

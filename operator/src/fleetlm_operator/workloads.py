@@ -50,7 +50,7 @@ GATEWAY_END_S: Final = 12
 PRE_STOP_S: Final = 5
 """A gateway goes on for so long after it was asked to end: until no Service sends anybody to it any more."""
 CHECKPOINT_S: Final = 25
-"""Of a shard's grace period: for its checkpoint, and for what goes more slowly than it should (a rule of the schema)."""
+"""Of a shard's grace period: for its checkpoint and what goes more slowly than it should (a rule of the schema)."""
 GRACE_MARGIN_S: Final = 8
 """What is left of a grace period when everything went as slowly as it may."""
 

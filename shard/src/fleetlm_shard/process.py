@@ -324,7 +324,7 @@ class ShardProcess:
             self._end("signal")
 
     async def _hand_over(self, shard: Shard) -> None:
-        """Serve on while others take the slots; nobody does if no move begins soon, and then ending is all that helps."""
+        """Serve on while others take the slots; if no move begins soon nobody does, and waiting helps nobody."""
         self._events.event("handing_over", slots=len(shard.ownership.readable))
         clock = self._outside.clock
         begun_s = moved_s = clock.monotonic_s()
