@@ -10,8 +10,8 @@ import yaml
 
 from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubenames import ring_labels
-from fleetlm_operator.ringplan import Apply, Create, plan
-from fleetlm_operator.workloads import GATEWAY_END_S, PRE_STOP_S, RENDERING
+from fleetlm_operator.ringplan import Apply, Create, images_of, plan
+from fleetlm_operator.workloads import GATEWAY_END_S, PRE_STOP_S, RENDERING, RENDERINGS, stateful_set
 from tests.support.netpolicy import Peer, may_connect
 from tests.test_operator.modelcluster import DEFAULTS, ModelCluster
 
@@ -67,6 +67,17 @@ def test_manifests_are_the_golden_ones(name: str, spec: Object) -> None:
     `python -m tests.test_operator.test_manifests` writes the files anew.
     """
     assert rendered(spec) == yaml.safe_load((GOLDEN / f"rendering-{RENDERING}-{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("rendering", sorted(RENDERINGS))
+@pytest.mark.parametrize(("name", "spec"), SPECS.items())
+def test_pods_of_every_rendering_are_the_golden_ones(name: str, spec: Object, rendering: int) -> None:
+    """A ring at rest keeps the rendering that it has, for as long as some operator knows it."""
+    cluster = ModelCluster(spec)
+    images = images_of(cluster.observe(), DEFAULTS)
+    made = stateful_set(cluster.ring, images, replicas=1, claim_size="1Gi", rendering=rendering)["spec"]["template"]
+    golden = yaml.safe_load((GOLDEN / f"rendering-{rendering}-{name}.yaml").read_text())
+    assert made == golden["StatefulSet demo-shard"]["spec"]["template"]
 
 
 def pods(spec: Object) -> dict[str, Object]:
