@@ -333,6 +333,32 @@ async def test_more_shards_and_fewer(world: World) -> None:
         assert {pod["metadata"]["uid"] for pod in shards.items} < kept
 
 
+async def test_an_orphaned_ring_has_no_writer_waiting(world: World) -> None:
+    """`deletionPolicy: Orphan` in the middle of a move: what is sealed is ended all the same, and nothing begins."""
+    await world.make({"deletionPolicy": "Orphan"})
+    await world.operator("one")
+
+    async def states() -> list[str]:
+        found = await world.api.get(RING_MAPS, world.namespace, "demo")
+        ring_map = None if found is None else read_ring_map(found)[1]
+        return [] if ring_map is None else [move.state for move in ring_map.moves]
+
+    async def sealed() -> bool:
+        return "Sealing" in await states()
+
+    async def ended() -> bool:
+        return "Sealing" not in await states()
+
+    async with PlayedNodes(world.api, world.namespace) as nodes:
+        await world.until_reason("Progressing", "False/Settled")
+        nodes.confirms = False
+        await world.scale(5)
+        await world.until("a move is sealed", sealed)
+        await world.delete()
+        await world.until("no move is sealed", ended, timeout_s=15)
+        assert len(await world.pods()) == 7
+
+
 async def test_an_upgrade_of_the_operator_rolls_nothing(world: World) -> None:
     """A newer operator takes over rings at rest: not one write to them, not one pod replaced."""
     await world.make()

@@ -63,6 +63,8 @@ class PlayedNodes:
         """Pods that do not become ready."""
         self.words: dict[str, Health] = {}
         """What a shard says of itself, by its pod's name, when it does not say that it is well."""
+        self.confirms = True
+        """Whether targets confirm what is sealed."""
         self._was_ready: set[str] = set()
         self._ports: dict[str, tuple[str, OpsServer]] = {}
         self._stop = False
@@ -129,7 +131,7 @@ class PlayedNodes:
         shard = ShardName(f"shard-{name.rpartition('-')[2]}")
         found = await self._api.get(RING_MAPS, self._namespace, ring)
         ring_map = None if found is None else read_ring_map(found)[1]
-        said = {"Copying": "Ready", "Sealing": "Confirmed"}
+        said = {"Copying": "Ready", "Sealing": "Confirmed" if self.confirms else "Ready"}
         moves = () if ring_map is None else tuple(move for move in ring_map.moves if move.target == shard)
         endpoint = ShardEndpoint(
             name=shard,

@@ -89,6 +89,8 @@ class ModelCluster:
         self.crashed: dict[int, ContainerStatus] = {}
         self.words: dict[int, ShardWord] = {}
         self.gateways_away = 0
+        self.gateways_left = 0
+        """Of an earlier template, and still there."""
         self.short_since: datetime | None = None
         self.map: RingMap | None = None
         self.map_spec: tuple[str, int, int] = ("", 0, 0)
@@ -140,8 +142,8 @@ class ModelCluster:
 
     def _gateways(self, body: Object) -> Workload:
         whole = _workload(body)
-        there = whole.replicas - self.gateways_away
-        return msgspec.structs.replace(whole, ready=there, available=there, short_since=self.short_since)
+        there, pods = whole.replicas - self.gateways_away, whole.replicas + self.gateways_left
+        return msgspec.structs.replace(whole, ready=there, available=there, short_since=self.short_since, pods=pods)
 
     def lose_gateways(self, count: int) -> None:
         """So many gateways are not available from now on; their Deployment has as many pods as before."""
@@ -344,6 +346,7 @@ def _workload(body: Object) -> Workload:
         claim_size=claims[0]["spec"]["resources"]["requests"]["storage"] if claims else "",
         ready=replicas,
         updated=replicas,
+        pods=replicas,
         available=replicas,
     )
 

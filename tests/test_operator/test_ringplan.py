@@ -109,6 +109,17 @@ def test_no_step_of_an_upgrade_says_that_it_is_over() -> None:
     assert cluster.said("Progressing") == ("False", "Settled")
 
 
+def test_a_gateway_of_before_is_part_of_the_rollout() -> None:
+    """Every new one is there, an old one still holds clients: not settled yet."""
+    cluster = settled()
+    cluster.gateways_left = 1
+    cluster.step()
+    assert cluster.said("Progressing") == ("True", "GatewayRollout")
+    cluster.gateways_left = 0
+    cluster.step()
+    assert cluster.said("Progressing") == ("False", "Settled")
+
+
 def test_gateways_wait_for_the_shards() -> None:
     """While a shard has the old image the gateways keep theirs."""
     cluster = settled()

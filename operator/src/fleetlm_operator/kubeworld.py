@@ -161,6 +161,32 @@ class KubeWorld:
             endpoints=_endpoints(ring.name, leases.result().items),
         )
 
+    async def observe_orphan(self, namespace: str, name: str) -> Observed | None:
+        """A ring whose ShardRing is gone while writers wait for a move to end; None if nobody does.
+
+        It is as one that is paused: what is sealed is ended, and nothing else is done.
+        """
+        map_seen, _ = _map_from(await self._api.get(RING_MAPS, namespace, name))
+        moves = () if map_seen is None or map_seen.map is None else map_seen.map.moves
+        if map_seen is None or all(move.state != "Sealing" for move in moves):
+            return None
+        spec = {"replicas": map_seen.shards, "slots": map_seen.slots, "paused": True}
+        ring = ring_from({"metadata": {"name": name, "namespace": namespace, "uid": ""}, "spec": spec})
+        nothing = Observed(
+            ring=ring,
+            now=self._now(),
+            map_seen=map_seen,
+            stateful_set=None,
+            deployment=None,
+            pods={},
+            claims={},
+            endpoints={},
+            children={},
+            words={},
+            credential_whole=True,
+        )
+        return await self.observe_moves(nothing)
+
     def _assembled(
         self,
         ring: Ring,
@@ -386,6 +412,7 @@ def _gateways(found: Object | None) -> Workload | None:
         image=spec["template"]["spec"]["containers"][0].get("image", ""),
         ready=status.get("readyReplicas", 0),
         updated=status.get("updatedReplicas", 0),
+        pods=status.get("replicas", 0),
         available=status.get("availableReplicas", 0),
         stuck=progressing.get("message", "") if late else "",
         short_since=None if short is None else datetime.fromisoformat(short),

@@ -151,6 +151,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Size in the claim template, as written."""
     ready: int = 0
     updated: int = 0
+    pods: int = 0
+    """All of them, those of an earlier template too."""
     available: int = 0
     stuck: str = ""
     """The Deployment's own word that it makes no progress."""

@@ -44,6 +44,8 @@ AGAIN_MARGIN_S: Final = 0.01
 """A deadline is looked at just after it has passed, not just before."""
 MOVING_S: Final = 0.05
 """While slots move: after a whole look what concerns them is looked at again at once."""
+ORPHAN_S: Final = 0.5
+"""Between two looks at moves whose ring is gone."""
 FOLLOW_S: Final = 2.0
 """Longest time between two whole looks while slots move."""
 STEP_S: Final = 60.0
@@ -183,7 +185,7 @@ class Reconciler:
         """Observe, plan, act, say; returns the longest pause before the next one, None when the ring is gone."""
         seen = await self._world.observe(namespace, name)
         if seen is None:
-            return None
+            return await self._end_moves(namespace, name)
         planned = self._plan(seen)
         acted, refusals = await self._act(seen.ring, planned)
         verdict = judge(seen, planned, refusals)
@@ -196,6 +198,14 @@ class Reconciler:
         pause_s = RESYNC_S if verdict.settled else UNSETTLED_S
         again_s = None if planned.decision is None else planned.decision.again_s
         return pause_s if again_s is None else min(pause_s, again_s + AGAIN_MARGIN_S)
+
+    async def _end_moves(self, namespace: str, name: str) -> float | None:
+        """The ring is gone, and with `deletionPolicy: Orphan` its shards are not: no writer must wait for ever."""
+        seen = await self._world.observe_orphan(namespace, name)
+        if seen is None:
+            return None
+        await self._act(seen.ring, self._plan(seen), only_map=True)
+        return ORPHAN_S
 
     def _plan(self, seen: Observed) -> Plan:
         memory = self._memories.get((seen.ring.namespace, seen.ring.name), NO_MEMORY)

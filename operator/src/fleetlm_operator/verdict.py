@@ -216,7 +216,12 @@ def _facts(seen: Observed, plan: Plan, refusals: tuple[Refusal, ...]) -> _Facts:
         gateways_ready=gateways.available if gateways else 0,
         gateways_rolling=gateways is not None
         # What this very step changes is under way already: nobody must read "settled" between shards and gateways.
-        and (not gateways.settled or gateways.updated < gateways.replicas or _changes_gateways(plan)),
+        and (
+            not gateways.settled
+            or gateways.updated < gateways.replicas
+            or gateways.pods > gateways.replicas  # one of before is still there
+            or _changes_gateways(plan)
+        ),
         refusals=refusals,
     )
 
