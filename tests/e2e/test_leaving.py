@@ -79,3 +79,25 @@ async def test_the_operator_first(namespace: str, operator_again: None) -> None:
         assert (await joined.append("no operator")).seq == 1
     await ring.delete()
     await leaves(namespace, set())
+
+
+async def test_an_install_for_one_namespace(namespace: str, operator_again: None) -> None:
+    """Without any right outside of it, beside custom resources that are there already; other namespaces are let be."""
+    await run("helm", "uninstall", "fleetlm", "--namespace", OPERATOR_NAMESPACE, "--wait")
+    options = (f"--set=watch.namespaces={{{namespace}}}", "--set=crds.install=false")
+    await run("helm", "install", "own", "charts/fleetlm", "--namespace", namespace, *options, "--wait")
+    try:
+        for kind in ("clusterroles", "clusterrolebindings"):
+            names = await kubectl("get", kind, "-l", "app.kubernetes.io/instance=own", "-o", "name")
+            assert not names.strip()
+        ring, other = Ring(namespace), Ring(OPERATOR_NAMESPACE)
+        await other.apply(SMALL)
+        await ring.apply(SMALL)
+        await ring.ready()
+        async with fleetlm_client.connect(await ring.url(), participant_id="p") as client, client.join("own") as joined:
+            assert (await joined.append("here")).seq == 1
+        assert "status" not in await other.read()
+        await other.delete()
+        await ring.delete()
+    finally:
+        await run("helm", "uninstall", "own", "--namespace", namespace, "--wait")

@@ -56,3 +56,31 @@ async def test_an_empty_volume_under_a_shard_that_owned_data(namespace: str) -> 
         for at in range(SESSIONS):
             async with client.join(f"kept-{at}") as joined:
                 assert (await joined.append({"again": at})).seq == 2, json.dumps(said)
+
+
+async def test_volumes_grow_where_their_class_allows_it(namespace: str) -> None:
+    """The claim gets the size, no pod is restarted; where it may not, a condition says so and the ring serves on."""
+    small = {"replicas": 1, "slots": 256, "gateway": {"replicas": 1}}
+    grows, fixed = Ring(namespace, "grows"), Ring(namespace, "fixed")
+    await grows.apply({**small, "storage": {"size": "1Gi"}})
+    await fixed.apply({**small, "storage": {"size": "1Gi", "className": "fixed-size"}})
+    for ring in (grows, fixed):
+        await ring.ready()
+    before = {
+        ring.name: (await get(namespace, "pod", f"{ring.name}-shard-0"))["metadata"]["uid"] for ring in (grows, fixed)
+    }
+    for ring in (grows, fixed):
+        await ring.patch({"storage": {"size": "2Gi"}})
+
+    async def grown() -> bool:
+        claim = await get(namespace, "pvc", "data-grows-shard-0")
+        return bool(claim["status"]["capacity"]["storage"] == "2Gi")
+
+    await until("the volume has grown", grown)
+    await grows.ready()
+    said = await fixed.says("Progressing", "StorageNotExpandable")
+    assert "1Gi" in said["message"] or "2Gi" in said["message"]
+    assert (await get(namespace, "pvc", "data-fixed-shard-0"))["status"]["capacity"]["storage"] == "1Gi"
+    for ring in (grows, fixed):
+        assert (await ring.condition("Ready"))["status"] == "True"
+        assert (await get(namespace, "pod", f"{ring.name}-shard-0"))["metadata"]["uid"] == before[ring.name]
