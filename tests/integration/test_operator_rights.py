@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from fleetlm_common.kubeapi import ApiNotFound, Object, Resource
-from fleetlm_common.kubenames import RING_LABEL, RING_MAPS
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS
 from fleetlm_operator.resources import PODS, ROLE_BINDINGS, ROLES, SERVICE_ACCOUNTS
 from tests.support.apiserver import NAMESPACES, Asked
 from tests.support.helm import rendered
@@ -142,6 +142,12 @@ async def a_life(world: World) -> None:
             return ring_map is not None and ring_map["spec"]["shards"] == 4
 
         await world.until("the map's spec knows what is asked for", told)
+        await world.scale(2)
+
+        async def gone() -> bool:
+            return len((await world.api.list(LEASES, world.namespace, labels=f"{RING_LABEL}=demo")).items) == 2
+
+        await world.until("two shards have left", gone)
 
 
 def documented() -> set[str]:
