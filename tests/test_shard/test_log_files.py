@@ -260,6 +260,23 @@ async def test_files_of_others_are_refused_or_left_alone() -> None:
     assert "log/notes.txt" in volume.paths()
 
 
+async def test_housekeeping_that_fails_is_counted_and_done_by_the_next_boot() -> None:
+    """A disk that does not let a leftover go ends nothing."""
+    volume = SimVolume()
+    disk = volume.process("p")
+    await open_log(disk, 1)
+    disk.create("log/tmp-0000000001-0000000099").close()
+    volume.kill("p")
+    volume.hooks.append(fail_at(1, errno.EIO, only={"unlink"}, path="-0000000099"))
+    again = await open_log(volume.process("q"), 2)
+    await again.add(message("s", 1))
+    assert len(again.acked) == 1
+    assert again.log.stats.background_failures == 1
+    await again.close()
+    await (await open_log(volume.process("r"), 3)).close()
+    assert not any("tmp-" in path for path in volume.paths())
+
+
 async def test_an_elders_late_writes_are_never_read() -> None:
     """A frozen elder, continued after the younger's cut: its batches, rotation, index, nothing of it is read."""
     volume = SimVolume()

@@ -30,10 +30,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "operations" / "metrics.md"
 STILL = {
     "fleetlm_shard_failed_requests_total": "a mistake of the shard's own (test_server.py makes one)",
     "fleetlm_shard_overflowed_subscriptions_total": "16 MiB unread (test_subscriptions.py)",
-    "fleetlm_shard_log_background_failures_total": "a disk that fails (test_log_upkeep.py)",
-    "fleetlm_shard_checkpoint_failures_total": "a disk that fails",
+    "fleetlm_shard_log_background_failures_total": "a disk that fails (test_log_files.py)",
+    "fleetlm_shard_checkpoint_failures_total": "a disk that fails (test_log_files.py)",
     "fleetlm_shard_log_damaged_ranges": "damage (test_log_damage.py)",
-    "fleetlm_shard_log_stray_files": "an elder's late files (test_log_boot.py)",
+    "fleetlm_shard_log_stray_files": "an elder's late files (test_log_files.py)",
     **{
         f"fleetlm_shard_{name}": "an archive (tests/integration/test_archive.py)"
         for name in (
@@ -54,6 +54,7 @@ STILL = {
     },
     "fleetlm_shard_held_writes_refused_total": "five seconds of waiting (test_moves.py)",
     "fleetlm_shard_moves_failed_total": "a target that gives up (test_moves_faults.py)",
+    "fleetlm_shard_moves_mismatched_total": "a source that forgets (test_moves_faults.py)",
     "fleetlm_shard_log_marks_total": "an idle second, waited for below",
 }
 """What needs a fault that other tests make; named so that nothing is left out in silence."""
@@ -72,6 +73,14 @@ def declared() -> set[str]:
     histograms = {metric.name for metric in registry.collect()}
     counters = {f"{PREFIX}{name}_total" for name, _, _ in COUNTERS}
     return {f"{PREFIX}ready", *histograms, *counters, *(f"{PREFIX}{name}" for name, _, _ in GAUGES)}
+
+
+def test_what_stands_still_moves_elsewhere() -> None:
+    """Every file that is said to move a series exists."""
+    root = Path(__file__).parents[2]
+    for why in STILL.values():
+        for name in re.findall(r"[a-z_/]+\.py", why):
+            assert (root / name).exists() or (Path(__file__).parent / name).exists(), name
 
 
 def test_the_document_lists_what_is_declared() -> None:

@@ -51,6 +51,8 @@ Durable = tuple[int, "Record", object]
 
 _pack_start: Final = FRAME_START.pack
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+SPARE_SEGMENTS: Final = 2
+"""What an import leaves to clients beside the reserve: it gives up while their next segments can still be prepared."""
 
 
 class AppenderOwner(Protocol):
@@ -529,6 +531,12 @@ class Appender:
         return self._free_bytes < config.reserve_bytes or (
             no_segment and rest < config.batch_bytes_max + BATCH_FRAME_BYTES
         )
+
+    @property
+    def spacious(self) -> bool:
+        """Whether space is left for what can wait: more than the reserve and what clients will write next."""
+        config = self._config
+        return self._free_bytes >= config.reserve_bytes + SPARE_SEGMENTS * config.segment_bytes
 
     @property
     def stopped(self) -> BaseException | None:

@@ -114,6 +114,7 @@ class Import:
 
     Attributes:
         imported_messages: messages brought over by it.
+        mismatches: times that count or sum were not the source's.
     """
 
     def __init__(self, move: Move, parts: ImportParts) -> None:
@@ -128,7 +129,7 @@ class Import:
         self._here: dict[str, int] = {}
         """Session → last seq here, durably, of all that the source has named."""
         self._sealing = asyncio.Event()
-        self._mismatches = 0
+        self.mismatches = 0
         self.imported_messages = 0
         self.imported_bytes = 0
         if move.state == "Sealing":
@@ -362,8 +363,10 @@ class Import:
         """Queue a record behind our clients' own.
 
         Raises:
-            LogDiskFull: our reserve is not for others' messages.
+            LogDiskFull: what is left is for our own clients: a move that fails harms nobody, a full disk does.
         """
+        if not self._parts.log.spacious:
+            raise LogDiskFull(f"{self._parts.log.stats.free_bytes} bytes are free: they are left to clients")
         # Held while we wait: the session must be the one that everybody finds.
         session.pending += 1
         try:
@@ -414,11 +417,11 @@ class Import:
         parts = self._parts
         here = ExportedAll(len(self._here), sum(self._here.values()))
         if here != everything:
-            self._mismatches += 1
+            self.mismatches += 1
             words = f"{here.sessions} sessions and {here.total} messages here, {everything} at the source"
             parts.events.event("move.mismatch", level="error", move=self.move.id, why=words)
             self._here.clear()
-            if self._mismatches >= MISMATCHES_MAX:
+            if self.mismatches >= MISMATCHES_MAX:
                 raise GaveUp("mismatch", words)
             raise _Again
         record = MoveConfirmed(self.move.id, parts.epoch(), list(self.move.slots))

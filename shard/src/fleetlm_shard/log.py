@@ -525,6 +525,11 @@ class Log:
         return self._appender.full
 
     @property
+    def spacious(self) -> bool:
+        """Whether space is left for what can wait, beyond the reserve and what clients will write next."""
+        return self._appender.spacious
+
+    @property
     def stats(self) -> LogStats:
         """Counters and sizes, as of now."""
         stats, appender = self._stats, self._appender

@@ -75,6 +75,7 @@ COUNTERS: Final[tuple[tuple[str, str, Number], ...]] = (
     ("moves_sealed", "Moves away for which this shard sealed itself", lambda s: s.moves.exporter.seals),
     ("moves_confirmed", "Moves to here that were confirmed", lambda s: s.moves.confirmed),
     ("moves_failed", "Moves to here that were given up", lambda s: s.moves.failed),
+    ("moves_mismatched", "Times that a move's end did not agree with its source", lambda s: s.moves.mismatches),
     ("exported_messages", "Messages told to targets of moves", lambda s: s.moves.exporter.exported_messages),
     ("exported_bytes", "The same in bytes", lambda s: s.moves.exporter.exported_bytes),
     ("imported_messages", "Messages brought over by moves", lambda s: s.moves.imported_messages),

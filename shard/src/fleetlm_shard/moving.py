@@ -82,6 +82,7 @@ class Moves:
         self._idle_since_s: dict[Slot, float] = {}
         self._ended_messages = 0
         self._ended_bytes = 0
+        self._ended_mismatches = 0
         self.confirmed = 0
         self.failed = 0
         self.released_slots = 0
@@ -94,6 +95,7 @@ class Moves:
         for gone in self._imports.keys() - wanted.keys():
             ended = self._imports.pop(gone)
             self._ended_messages += ended.imported_messages
+            self._ended_mismatches += ended.mismatches
             self._ended_bytes += ended.imported_bytes
             self._tasks.pop(gone).cancel()
         for move in wanted.values():
@@ -141,6 +143,11 @@ class Moves:
     def imported_bytes(self) -> int:
         """The same in bytes of JSON."""
         return self._ended_bytes + sum(each.imported_bytes for each in self._imports.values())
+
+    @property
+    def mismatches(self) -> int:
+        """Times that count or sum at the end of a move did not agree with its source's."""
+        return self._ended_mismatches + sum(each.mismatches for each in self._imports.values())
 
     @property
     def words(self) -> str:
