@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,11 +13,17 @@ from fleetlm_common.clock import iso_utc
 from fleetlm_shard.records import (
     CursorMoved,
     Damaged,
+    Imported,
     InsertedAt,
     Message,
+    MoveConfirmed,
     Record,
+    RecordType,
     SessionCreated,
+    SessionImported,
     SlotsOpened,
+    SlotsReleased,
+    SlotsSealed,
     Trimmed,
     UnknownRecord,
     content_hash,
@@ -106,3 +113,31 @@ def test_content_hash_is_of_16_bytes_and_tells_contents_apart() -> None:
     """Equal bytes, equal hash."""
     assert content_hash(b"a") == content_hash(b"a") != content_hash(b"b")
     assert len(content_hash(b"")) == 16
+
+
+GOLDEN: dict[str, Record] = {
+    "MESSAGE": Message(3, "größe", 7, 1_795_475_336_000_000, "k-7", bytes(range(16)), b'{"id":"x"}'),
+    "SESSION": SessionCreated(3, "größe", 1_795_475_336_000_000, b'{"topic":"gold"}'),
+    "CURSOR": CursorMoved(3, "größe", "bob", 7),
+    "OPENED": SlotsOpened(5, [1, 2, 3]),
+    "RELEASED": SlotsReleased([1, 2]),
+    "IMPORTED": Imported(3, "größe", 7, 1_795_475_336_000_000, "k-7", bytes(range(16)), b'{"id":"x"}', True),
+    "TRIMMED": Trimmed(2, 3, 4096),
+    "DAMAGE": Damaged(4096, 8192, 3),
+    "IMPORTED_KEYLESS": Imported(3, "größe", 7, 1_795_475_336_000_000, "k-7", bytes(range(16)), b'{"id":"x"}', False),
+    "STATE": SessionImported(3, "größe", 7, 2, 1_795_475_336_000_000, b'{"topic":"gold"}', {"bob": 5}),
+    "SEALED": SlotsSealed("5.1", 6, [1, 2]),
+    "CONFIRMED": MoveConfirmed("5.1", 7, [1, 2]),
+}
+
+
+def test_golden_vectors() -> None:
+    """Each kind of record keeps its bytes: volumes outlive versions. A change is a new type."""
+    vectors = json.loads((Path(__file__).parents[1] / "golden" / "records-v1.json").read_text())
+    assert vectors.keys() == GOLDEN.keys() == {kind.name for kind in RecordType} - {"BATCH"}
+    for name, record in GOLDEN.items():
+        written = bytes.fromhex(vectors[name])
+        assert encode(record) == written, name
+        kind, slot = written[0], int.from_bytes(written[2:4], "little")
+        assert kind == RecordType[name]
+        assert decode(kind, slot, written[8:]) == record
