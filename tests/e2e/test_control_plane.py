@@ -7,6 +7,7 @@ import time
 from typing import Final
 
 from tests.cluster import controlplane, processes
+from tests.cluster.say import ClusterError
 from tests.e2e.kubectl import until
 from tests.e2e.rings import Ring, pod_ready, restarts, signal_container
 from tests.e2e.traffic import Traffic, under_traffic
@@ -24,7 +25,10 @@ async def started(name: str) -> None:
     await asyncio.to_thread(processes.again, name)
 
     async def answers() -> bool:
-        return await asyncio.to_thread(controlplane.api_ready)
+        try:
+            return await asyncio.to_thread(controlplane.api_ready)
+        except ClusterError:
+            return False  # it answers that it is not ready yet
 
     await until("the API server answers", answers)
 

@@ -58,7 +58,7 @@ async def test_the_ring_first(namespace: str) -> None:
     async with fleetlm_client.connect(await ring.url(), participant_id="p") as client, client.join("kept") as joined:
         assert (await joined.append("before")).seq == 1
     await ring.delete()
-    kept = {"ringmap/chat", "persistentvolumeclaim/data-chat-shard-0", "secret/chat-credential"}
+    kept = {"ringmap/chat", "persistentvolumeclaim/data-chat-shard-0"}
     await leaves(namespace, kept)
     await ring.apply({**SMALL, "volumeRetention": {"whenDeleted": "Delete"}})
     await ring.ready()
