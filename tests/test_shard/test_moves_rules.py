@@ -226,7 +226,7 @@ async def _boot_with_lagging_plane(ring: MovesRig, number: int, older: RingMap, 
 
     async def sleep(_: float) -> None:
         if boot.stage.reason != "StaleMap":
-            await asyncio.sleep(3600)  # the keeper of the term
+            await asyncio.Event().wait()  # the keeper of the term
         waited.append(boot.stage.message)
         await plane.compare_and_swap(expected=older.epoch, new=newer)
 
