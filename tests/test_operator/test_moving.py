@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleetlm_common.control import Pin
@@ -445,6 +445,7 @@ EVENTS = st.one_of(
 
 
 @settings(max_examples=120, deadline=None)
+@example(2, [_asks(1, [], []), _controller(0, "both"), _asks(1, [0], [])])
 @given(st.integers(1, 5), st.lists(EVENTS, max_size=60))
 def test_any_history_ends_as_people_asked_for(shards: int, events: list[Event]) -> None:
     """Whoever dies, fails, looks late or changes his mind: no rule is broken, and with peace the ring is even."""

@@ -177,6 +177,8 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
         holds.append(
             f"held: {_listed(members)} {'is' if len(members) == 1 else 'are all'} cordoned, nobody may own slots"
         )
+        # No writer must wait for the end of a move that nobody will end.
+        steps += [Abort(move, "nobody may own slots", failed=False) for move in current.moves]
     steps += [Leave(name) for name in _gone(view, current, set(wanted))]
     if only_end:
         steps = [step for step in steps if isinstance(step, Commit | Abort) and step.move.state == "Sealing"]
