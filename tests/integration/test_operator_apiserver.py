@@ -446,7 +446,8 @@ async def test_paused_and_deleted_in_every_state(
         async def gone() -> bool:
             return not await world.left()
 
-        await world.until("nothing is left", gone)
+        # The garbage collector looks for new kinds every half a minute, and again when it found them gone.
+        await world.until("nothing is left", gone, timeout_s=120)
 
 
 REFUSED: Final[list[tuple[Object, str]]] = [
