@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.eventually import eventually
 from tests.support.faultload import FaultRun, Proxied, under_load
 from tests.support.load import clean
 
@@ -21,7 +22,8 @@ HOLE_S = 5.0
 async def cut(run: FaultRun) -> None:
     """Every connection is reset, three times."""
     for _ in range(3):
-        assert sum(proxy.cut() for proxy in run.proxies)
+        # Acknowledgements that were on their way are progress without a connection.
+        await eventually(lambda: sum(proxy.cut() for proxy in run.proxies) > 0, "there are connections to cut")
         await run.progress()
 
 

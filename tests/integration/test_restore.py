@@ -63,7 +63,9 @@ async def archived(running: Fleet, count: int) -> None:
     connection = await asyncpg.connect((running.data / "archive-url").read_text().strip())
     try:
         async with asyncio.timeout(60):
-            while await connection.fetchval("SELECT count(*) FROM fleetlm.messages") < count:
+            while await connection.fetchval("SELECT to_regclass('fleetlm.messages') IS NULL, pg_sleep(0.1)"):
+                pass
+            while await connection.fetchval("SELECT count(*), pg_sleep(0.1) FROM fleetlm.messages") < count:
                 pass
     finally:
         await connection.close()
