@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from tests.e2e.rings import Ring
-from tests.support.load import Load, LoadPlan, Report, clean
+from tests.support.load import LOAD, Load, LoadPlan, Report, clean
 
 Script = Callable[["Traffic"], Awaitable[None]]
 
@@ -38,6 +38,8 @@ class Traffic(Load):
         await self.progress()
         await self._script(self)
         await self.progress()
+        while self.acked() < LOAD:
+            await self.progress()
 
 
 async def under_traffic(ring: Ring, what: str, script: Script) -> Report:
@@ -54,5 +56,5 @@ async def under_traffic(ring: Ring, what: str, script: Script) -> Report:
         f"{what}: {acked} appends, {delivered} deliveries in {report.seconds:.0f} s,"
         f" slowest append {report.slowest_append_s:.2f} s, {len(report.violations)} broken promises"
     )
-    clean(report, acked=20)
+    clean(report)
     return report
