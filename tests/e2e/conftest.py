@@ -104,7 +104,7 @@ def shared(shared_namespace: str) -> Ring:
     """A ring for tests that disturb its pods, or change its spec and put it back."""
     made = Ring(shared_namespace)
     asyncio.run(made.apply({"version": images.version(), "replicas": 3}))
-    asyncio.run(made.ready())
+    STALLS.append(f"a ring of 3 shards and 2 gateways: ready {asyncio.run(made.ready()):.1f} s after `kubectl apply`")
     return made
 
 

@@ -59,6 +59,7 @@ async def test_an_upgrade_in_place(changed: Ring) -> None:
     assert now == data
 
 
+@pytest.mark.long
 async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
     """Each shard gives its slots away before its pod goes; at the end all is even again."""
 
@@ -71,6 +72,7 @@ async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
     assert await shares(changed) == {f"shard-{number}" for number in range(3)}
 
 
+@pytest.mark.long
 async def test_a_bad_image_and_a_change_of_mind(changed: Ring) -> None:
     """An image that nobody has stops at the first pod and is said; changing it back heals without hands."""
 
@@ -88,6 +90,7 @@ async def test_a_bad_image_and_a_change_of_mind(changed: Ring) -> None:
     assert await images_of(changed, "shard") == [published("shard")] * 3
 
 
+@pytest.mark.long
 async def test_a_change_of_mind_in_the_middle(changed: Ring) -> None:
     """Back to the old version when the first shard has the new one: pods that are as asked stay."""
 

@@ -6,6 +6,8 @@ import asyncio
 import time
 from typing import Final
 
+import pytest
+
 from tests.cluster import controlplane, processes
 from tests.cluster.say import ClusterError
 from tests.e2e.kubectl import until
@@ -33,6 +35,7 @@ async def started(name: str) -> None:
     await until("the API server answers", answers)
 
 
+@pytest.mark.long
 async def test_the_api_server_is_away_for_a_minute(ring: Ring) -> None:
     """Appends are acknowledged all the while; a shard's container that dies comes back by the map that it stored."""
     pods = await ring.pods("shard")

@@ -68,6 +68,7 @@ async def test_the_ring_first(namespace: str) -> None:
     await leaves(namespace, set())
 
 
+@pytest.mark.long
 async def test_the_operator_first(namespace: str, operator_again: None) -> None:
     """Without an operator the ring serves; deleting it then ends all the same."""
     ring = Ring(namespace)
@@ -81,6 +82,7 @@ async def test_the_operator_first(namespace: str, operator_again: None) -> None:
     await leaves(namespace, set())
 
 
+@pytest.mark.long
 async def test_an_install_for_one_namespace(namespace: str, operator_again: None) -> None:
     """Without any right outside of it, beside custom resources that are there already; other namespaces are let be."""
     await run("helm", "uninstall", "fleetlm", "--namespace", OPERATOR_NAMESPACE, "--wait")

@@ -32,7 +32,9 @@ async def test_the_operator_is_killed(ring: Ring) -> None:
     assert report.reconnects == 0
 
 
-@pytest.mark.parametrize("how", [(), ("--grace-period=0", "--force")], ids=["delete", "force"])
+@pytest.mark.parametrize(
+    "how", [(), pytest.param(("--grace-period=0", "--force"), marks=pytest.mark.long)], ids=["delete", "force"]
+)
 async def test_a_shard_pod_is_deleted(ring: Ring, how: tuple[str, ...]) -> None:
     """Another pod takes the volume over, also when the deletion does not wait for the first one's end."""
 
@@ -53,6 +55,7 @@ async def test_a_gateway_pod_is_deleted(ring: Ring) -> None:
     await under_traffic(ring, "kubectl delete pod, a gateway", script)
 
 
+@pytest.mark.long
 async def test_every_node_is_drained_in_turn(ring: Ring) -> None:
     """`kubectl drain` of each node ends, budgets hold back the second shard, volumes follow their pods."""
 

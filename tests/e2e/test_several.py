@@ -20,6 +20,7 @@ def elsewhere(installed: None) -> Generator[str]:
     yield from make_namespace("elsewhere")
 
 
+@pytest.mark.long
 async def test_two_rings_in_a_namespace_and_one_in_another(namespace: str, elsewhere: str) -> None:
     """The same session in three rings is three sessions; deleting one ring leaves the others whole."""
     rings = [Ring(namespace, "one"), Ring(namespace, "two"), Ring(elsewhere, "one")]

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 import fleetlm_client
 from tests.cluster.storage import VOLUMES
 from tests.e2e.kubectl import get, until
@@ -22,6 +24,7 @@ async def volume(ring: Ring, ordinal: int) -> Path:
     return VOLUMES / str(claim["spec"]["volumeName"])
 
 
+@pytest.mark.long
 async def test_an_empty_volume_under_a_shard_that_owned_data(namespace: str) -> None:
     """Degraded/VolumeLost, its slots are not served; when the old volume is back everything is there."""
     ring = Ring(namespace)
@@ -58,6 +61,7 @@ async def test_an_empty_volume_under_a_shard_that_owned_data(namespace: str) -> 
                 assert (await joined.append({"again": at})).seq == 2, json.dumps(said)
 
 
+@pytest.mark.long
 async def test_volumes_grow_where_their_class_allows_it(namespace: str) -> None:
     """The claim gets the size, no pod is restarted; where it may not, a condition says so and the ring serves on."""
     small = {"replicas": 1, "slots": 256, "gateway": {"replicas": 1}}

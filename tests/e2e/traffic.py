@@ -54,7 +54,8 @@ async def under_traffic(ring: Ring, what: str, script: Script) -> Report:
     acked, delivered = report.figures["acked"], report.figures["delivered"]
     STALLS.append(
         f"{what}: {acked} appends, {delivered} deliveries in {report.seconds:.0f} s,"
-        f" slowest append {report.slowest_append_s:.2f} s, {len(report.violations)} broken promises"
+        f" slowest append {report.slowest_append_s:.2f} s ({report.slowest_append}),"
+        f" {len(report.violations)} broken promises"
     )
     clean(report)
     return report
