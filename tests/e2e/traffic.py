@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from tests.e2e.rings import Ring
-from tests.support.load import LOAD, Load, LoadPlan, Report, clean
+from tests.support.load import Load, LoadPlan, Report, clean
 
 Script = Callable[["Traffic"], Awaitable[None]]
 
 STALLS: Final[list[str]] = []
-"""A line for each run, printed at the end of all tests."""
+"""A line for each run and for the shared ring's bring-up, printed at the end of all tests."""
 _seeds = itertools.count(1)
 """Each run has sessions of its own: tests share rings."""
 
@@ -38,8 +38,6 @@ class Traffic(Load):
         await self.progress()
         await self._script(self)
         await self.progress()
-        while self.acked() < LOAD:
-            await self.progress()
 
 
 async def under_traffic(ring: Ring, what: str, script: Script) -> Report:

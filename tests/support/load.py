@@ -371,7 +371,7 @@ class Load:
             asyncio.create_task(self.read_raw(at) if at % 2 else self.read_sdk(at)) for at in range(self.plan.readers)
         ]
         tasks = [*writers, *readers]
-        chaos = asyncio.create_task(self.disturb())
+        chaos = asyncio.create_task(self._disturbed())
         try:
             done, _ = await asyncio.wait([chaos, *tasks], return_when="FIRST_COMPLETED")
             for task in done:
@@ -392,6 +392,12 @@ class Load:
         self.report.figures = self.history.figures()
         self.report.gaps = sum(stream.gaps for stream in self.streams)
         return self.report
+
+    async def _disturbed(self) -> None:
+        """The disturbance; a quick one does not end the run before there was a load."""
+        await self.disturb()
+        while self.acked() < LOAD:
+            await self.progress()
 
     async def _read_finals(self) -> None:
         """Every session from its beginning, by hand."""
