@@ -264,7 +264,10 @@ class KubeWorld:
         await self._api.apply(SHARD_RINGS, ring.namespace, body, manager=MANAGER, subresource="status")
 
     async def _create(self, ring: Ring, resource: Resource, body: Object) -> None:
-        """Make what is written once. Owner and digest come with the next step's apply, which owns those fields."""
+        """Make what is written once, then apply owner and digest, so that the apply owns those fields and may drop them.
+
+        At once: a ring that is deleted or paused before its next step would leave an ownerless Secret for ever.
+        """
         metadata = {key: body["metadata"][key] for key in ("name", "namespace", "labels")}
         made: Object = {"apiVersion": body["apiVersion"], "kind": body["kind"], "metadata": metadata}
         if resource == SECRETS:
@@ -273,8 +276,11 @@ class KubeWorld:
         else:
             spec = RingSpec(uid=ring.uid, slots=ring.spec.slots, shards=ring.spec.replicas)
             made["spec"] = ring_map_spec(spec, None)
-        with suppress(ApiExists):
+        try:
             await self._api.create(resource, ring.namespace, made)
+        except ApiExists:
+            return  # somebody else's, or another operator's: the next step looks whose
+        await self._api.apply(resource, ring.namespace, body, manager=MANAGER)
 
     async def _swap(self, ring: Ring, *, version: str, shards: int, new: RingMap | None) -> None:
         """Compare-and-swap by resourceVersion; uid and slots never change."""
