@@ -264,7 +264,7 @@ class KubeWorld:
         await self._api.apply(SHARD_RINGS, ring.namespace, body, manager=MANAGER, subresource="status")
 
     async def _create(self, ring: Ring, resource: Resource, body: Object) -> None:
-        """Make what is written once, then apply owner and digest, so that the apply owns those fields and may drop them.
+        """Make what is written once, then apply owner and digest, so that applies own those fields and may drop them.
 
         At once: a ring that is deleted or paused before its next step would leave an ownerless Secret for ever.
         """
