@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from typing import Final
 
 import pytest
@@ -15,6 +16,7 @@ from fleetlm_common.kubeapi import ApiError, ApiRefused, Object, Resource
 from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
 from fleetlm_common.ops import Health
+from fleetlm_operator.kubeworld import KubeWorld
 from fleetlm_operator.resources import (
     CLAIMS,
     DEPLOYMENTS,
@@ -24,9 +26,12 @@ from fleetlm_operator.resources import (
     SERVICES,
     STATEFUL_SETS,
 )
+from fleetlm_operator.ringplan import Apply, Create, plan
+from fleetlm_operator.shardwords import ShardWords
 from tests.support.apiserver import ROOT
 from tests.support.operatorworld import World
 from tests.support.playednodes import PlayedNodes
+from tests.test_operator.modelcluster import DEFAULTS
 
 STORAGE_CLASSES: Final = Resource("storage.k8s.io/v1", "StorageClass", "storageclasses")
 VOLUMES: Final = Resource("v1", "PersistentVolume", "persistentvolumes")
@@ -394,6 +399,30 @@ async def test_what_shards_say_of_themselves_stands_in_the_conditions(world: Wor
         nodes.words["demo-shard-1"] = Health(ok=True, reason="LogDamaged", message="1 range is unreadable")
         await world.until_reason("Degraded", "True/LogDamaged")
         assert await world.reason("Ready") == "True/Serving"
+
+
+async def test_what_is_made_once_has_its_owner_at_once(world: World) -> None:
+    """A ring that goes before its next step leaves nothing; and one that is to keep its RingMap may take it back."""
+
+    async def step(kind: type[Create] | type[Apply]) -> list[list[Object]]:
+        async with ShardWords() as words:
+            kube = KubeWorld(world.api, now=lambda: datetime.now(UTC), new_credential=lambda: "made up", words=words)
+            seen = await kube.observe(world.namespace, "demo")
+            assert seen is not None
+            for action in plan(seen, DEFAULTS).actions:
+                if isinstance(action, kind):
+                    await kube.act(seen.ring, action)
+        made = [
+            await world.api.get(SECRETS, world.namespace, "demo-credential"),
+            await world.api.get(RING_MAPS, world.namespace, "demo"),
+        ]
+        return [(one or {})["metadata"].get("ownerReferences", []) for one in made]
+
+    await world.make({"volumeRetention": {"whenDeleted": "Delete"}})
+    uid = (await world.ring())["metadata"]["uid"]
+    assert [[owner["uid"] for owner in owners] for owners in await step(Create)] == [[uid], [uid]]
+    await world.edit({"volumeRetention": {"whenDeleted": "Retain"}})
+    assert [[owner["uid"] for owner in owners] for owners in await step(Apply)] == [[uid], []]
 
 
 async def bring_up(world: World, nodes: PlayedNodes) -> None:
