@@ -25,6 +25,8 @@ STOP_TIMEOUT_S: Final = 10.0
 LOG_TAIL_LINES: Final = 30
 FOLDER: Final = paths.RUN / "processes"
 LOGS: Final = paths.RUN / "logs"
+_started_here: Final[list[subprocess.Popen[bytes]]] = []
+"""Kept from the garbage collector, which would warn of a process that still runs: these outlive this one on purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ def start(name: str, host: str, *command: object, env: dict[str, str] | None = N
         child = subprocess.Popen(
             line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | (env or {})
         )
+    _started_here.append(child)
     made = Process(
         name=name,
         host=host,
