@@ -12,10 +12,11 @@ import pytest
 
 from fleetlm_common import rpc
 from fleetlm_common.errors import Conflict, TryAgain
+from fleetlm_common.filecontrol import change_ring
 from fleetlm_common.ids import ShardName
 from fleetlm_common.ring import Member
 from fleetlm_common.rpc import Kind
-from fleetlm_shard.process import EXIT_FENCED, EXIT_LEFT
+from fleetlm_shard.process import EXIT_FENCED, EXIT_LEFT, HANDOVER_BEGINS_S
 from tests.support.eventually import eventually
 from tests.support.rpcclient import RpcClient, draft, fragment
 from tests.support.shardprocess import SLOTS, ShardRing
@@ -109,6 +110,23 @@ async def test_a_graceful_end_answers_what_is_in_flight_and_says_goodbye(tmp_pat
         read = await shard.event("log.read")
         # The key window is read again, nothing is damaged.
         assert read["damaged_ranges"] == 0
+
+
+async def test_a_shard_that_is_replaced_in_place_waits_for_nobody(tmp_path: Path) -> None:
+    """Asked to end it is served while others may take its slots; once the ring says that nobody will, it ends."""
+    ring = ShardRing(tmp_path)
+    name = ShardName("shard-0")
+    async with ring.shard(env={"HANDOVER_S": "60"}) as shard:
+        mine = Member(name, (await ring.announced()).shards[name].volume_id)
+        await ring.publish((mine, Member(ShardName("shard-1"), "volume-1")), [name] * ring.slots)
+        await eventually(lambda: shard.printed().count("map.adopted") == 2, "it knows of the other")
+        async with await shard.client() as client:
+            shard.signal(signal.SIGTERM)
+            await shard.event("handing_over")
+            assert [ack.seq for ack in await client.append("s", "one")] == [1]
+            change_ring(ring.control_folder, lambda spec: msgspec.structs.replace(spec, in_place=(name,)))
+            async with asyncio.timeout(HANDOVER_BEGINS_S / 2):
+                assert await shard.ended() == 0
 
 
 async def test_an_empty_volume_of_a_member_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def test_what_is_written_is_read(ring: RingMap | None) -> None:
     assert read_ring_map(body) == (SPEC, ring)
 
 
+def test_who_is_replaced_in_place_is_read() -> None:
+    """It is beside the map: it changes without a new epoch."""
+    spec = msgspec.structs.replace(SPEC, in_place=(TWO,))
+    assert read_ring_map({"spec": ring_map_spec(spec, RING)}) == (spec, RING)
+
+
 def test_a_map_with_a_hole_is_refused() -> None:
     """Half a map is none: the last good one stays in use."""
     spec = ring_map_spec(SPEC, RING)

@@ -94,6 +94,7 @@ class ModelCluster:
         self.short_since: datetime | None = None
         self.map: RingMap | None = None
         self.map_spec: tuple[str, int, int] = ("", 0, 0)
+        self.in_place: tuple[ShardName, ...] = ()
         self.deleted: list[str] = []
         self.refuses: Callable[[Action], str] = lambda _: ""
         self.verdict: Verdict | None = None
@@ -121,7 +122,14 @@ class ModelCluster:
         seen_map = None
         if f"{RING_MAPS.kind} demo" in self.children:
             uid, slots, shards = self.map_spec
-            seen_map = MapSeen(ring_uid=uid, slots=slots, shards=shards, map=self.map, version=self._map_version())
+            seen_map = MapSeen(
+                ring_uid=uid,
+                slots=slots,
+                shards=shards,
+                map=self.map,
+                version=self._map_version(),
+                in_place=self.in_place,
+            )
         return Observed(
             ring=self.ring,
             now=self.now,
@@ -199,12 +207,12 @@ class ModelCluster:
         match action:
             case Apply(child) | Create(child):
                 self._put(child.key, child.body, once=isinstance(action, Create))
-            case SwapMap(version, shards, new):
+            case SwapMap(version, shards, new, in_place):
                 assert version == self._map_version(), "a swap from an old version"
                 assert new is None or new.epoch == (self.map.epoch + 1 if self.map else 1) or new == self.map
                 if new is not None and new != self.map:
                     self.played.change(new)
-                self.map, self.map_spec = new, (*self.map_spec[:2], shards)
+                self.map, self.map_spec, self.in_place = new, (*self.map_spec[:2], shards), in_place
             case Delete(resource, name, uid):
                 if resource in {PODS, STATEFUL_SETS}:
                     self.deleted.append(name)
@@ -235,7 +243,7 @@ class ModelCluster:
         self.children[key] = {**body, "metadata": metadata}
 
     def _map_version(self) -> str:
-        return f"{self.map.epoch if self.map else 0}/{self.map_spec[2]}"
+        return f"{self.map.epoch if self.map else 0}/{self.map_spec[2]}/{','.join(self.in_place)}"
 
     def _controllers(self) -> None:
         """The StatefulSet's controller, kubelets and shards."""

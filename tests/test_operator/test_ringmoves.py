@@ -218,6 +218,25 @@ def test_slots_are_handed_over_before_a_pod_goes() -> None:
     assert balanced(cluster, 3)
 
 
+@pytest.mark.parametrize("strategy", ["InPlace", "Handover"])
+def test_a_shard_is_told_before_it_is_replaced_in_place(strategy: str) -> None:
+    """Its pod waits for nobody then; with `Handover`, and when all is done, nobody is named."""
+    cluster = settled({"update": {"strategy": strategy}})
+    cluster.edit(version="2.0.0")
+    gone = 0
+    for _ in range(STEPS_MAX):
+        actions = cluster.step()
+        told: tuple[str, ...] = ()
+        for action in actions:
+            told = action.in_place if isinstance(action, SwapMap) else told
+            if isinstance(action, Delete) and action.resource == PODS:
+                gone += 1
+                assert told == ((action.name.removeprefix("demo-"),) if strategy == "InPlace" else ())
+        if not actions and cluster.said("Progressing") == ("False", "Settled"):
+            break
+    assert (gone, cluster.in_place) == (3, ())
+
+
 def test_who_waits_for_a_hand_over_is_said() -> None:
     """While slots move away before a pod goes, `blockedBy` says so; asking for InPlace ends the wait."""
     cluster = settled({"update": {"strategy": "Handover"}})

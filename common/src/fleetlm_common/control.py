@@ -43,6 +43,7 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     Slots of a `cordoned` shard go to others while it is; it stays a member. A pin whose shard is cordoned or leaves
     means nothing; of two pins for a slot the later one counts. `given_up` are ids of volumes that will not come back:
     a shard that was bound to one is bound to the volume that it has now, and begins with what the archive has.
+    Shards `in_place` are about to be asked to end, and come back at once: they wait for nobody to take their slots.
     """
 
     uid: str
@@ -51,6 +52,7 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     cordoned: tuple[ShardName, ...] = ()
     pins: tuple[Pin, ...] = ()
     given_up: tuple[str, ...] = ()
+    in_place: tuple[ShardName, ...] = ()
 
 
 class MoveProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from fleetlm_common.control import RingSpec
+from fleetlm_common.ids import ShardName
 from fleetlm_common.kubeapi import Object
 from fleetlm_common.ring import Member, Move, RingMap, SlotRange
 
@@ -28,10 +29,11 @@ class _Map(msgspec.Struct, frozen=True):
     moves: tuple[Move, ...] = ()
 
 
-class _Spec(msgspec.Struct, frozen=True):
+class _Spec(msgspec.Struct, frozen=True, rename="camel"):
     uid: str
     slots: int
     shards: int
+    in_place: tuple[ShardName, ...] = ()
     map: _Map | None = None
 
 
@@ -42,7 +44,7 @@ def read_ring_map(found: Object) -> tuple[RingSpec, RingMap | None]:
         ValueError: not a whole map (msgspec's ValidationError is one); says why.
     """
     spec = msgspec.convert(found["spec"], _Spec)
-    ring = RingSpec(uid=spec.uid, slots=spec.slots, shards=spec.shards)
+    ring = RingSpec(uid=spec.uid, slots=spec.slots, shards=spec.shards, in_place=spec.in_place)
     if spec.map is None:
         return ring, None
     given = msgspec.to_builtins(spec.map)
@@ -53,6 +55,8 @@ def read_ring_map(found: Object) -> tuple[RingSpec, RingMap | None]:
 def ring_map_spec(spec: RingSpec, ring: RingMap | None) -> Object:
     """The `spec` of a RingMap object."""
     made: dict[str, Any] = {"uid": spec.uid, "slots": spec.slots, "shards": spec.shards}
+    if spec.in_place:
+        made["inPlace"] = list(spec.in_place)
     if ring is not None:
         given: dict[str, Any] = msgspec.to_builtins(ring)
         made["map"] = {

@@ -35,7 +35,6 @@ from fleetlm_common.kubenames import (
     shard_service,
     shard_workload,
 )
-from fleetlm_common.ring import RingMap
 from fleetlm_operator.observed import (
     Claim,
     Existing,
@@ -237,8 +236,8 @@ class KubeWorld:
                 return object_meta(after).resource_version != action.version
             case Create(child):
                 await self._create(ring, child.resource, child.body)
-            case SwapMap(version, shards, new):
-                await self._swap(ring, version=version, shards=shards, new=new)
+            case SwapMap():
+                await self._swap(ring, action)
             case Delete(resource, name, uid):
                 how = "Orphan" if action.orphan else "Background"
                 with suppress(ApiNotFound):
@@ -282,13 +281,14 @@ class KubeWorld:
             return  # somebody else's, or another operator's: the next step looks whose
         await self._api.apply(resource, ring.namespace, body, manager=MANAGER)
 
-    async def _swap(self, ring: Ring, *, version: str, shards: int, new: RingMap | None) -> None:
+    async def _swap(self, ring: Ring, swap: SwapMap) -> None:
         """Compare-and-swap by resourceVersion; uid and slots never change."""
-        spec: Object = {"shards": shards}
-        if new is not None:
-            written = ring_map_spec(RingSpec(new.uid, new.slots, shards), new)["map"]
-            spec["map"] = {"moves": None, **written}  # a merge keeps what is not named: no moves must be said
-        body: Object = {"metadata": {"resourceVersion": version}, "spec": spec}
+        # A merge keeps what is not named: that nobody is replaced and nothing moves must be said.
+        spec: Object = {"shards": swap.shards, "inPlace": list(swap.in_place) or None}
+        if swap.new is not None:
+            written = ring_map_spec(RingSpec(swap.new.uid, swap.new.slots, swap.shards), swap.new)["map"]
+            spec["map"] = {"moves": None, **written}
+        body: Object = {"metadata": {"resourceVersion": swap.version}, "spec": spec}
         await self._api.merge(RING_MAPS, ring.namespace, ring.name, body, manager=MANAGER)
 
 
@@ -325,7 +325,15 @@ def _map_from(found: Object | None) -> tuple[MapSeen | None, str]:
     except (ValueError, KeyError) as error:
         return None, str(error)
     version = object_meta(found).resource_version
-    return MapSeen(ring_uid=spec.uid, slots=spec.slots, shards=spec.shards, map=ring_map, version=version), ""
+    seen = MapSeen(
+        ring_uid=spec.uid,
+        slots=spec.slots,
+        shards=spec.shards,
+        map=ring_map,
+        version=version,
+        in_place=spec.in_place,
+    )
+    return seen, ""
 
 
 def _pods(ring: str, found: Iterable[Object]) -> dict[int, Pod]:

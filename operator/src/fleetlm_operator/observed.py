@@ -170,6 +170,8 @@ class MapSeen(msgspec.Struct, frozen=True, kw_only=True):
     map: RingMap | None
     version: str
     """resourceVersion: the swap's precondition."""
+    in_place: tuple[ShardName, ...] = ()
+    """Shards that were told to wait for nobody when they are asked to end."""
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):

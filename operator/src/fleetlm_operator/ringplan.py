@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from fleetlm_common.ids import ShardName
 from fleetlm_common.kubeapi import Object, Resource
 from fleetlm_common.kubenames import LEASES, MANAGER, MANAGER_LABEL, RING_LABEL, SHARD_RINGS, shard_pod
 from fleetlm_common.ring import RingMap
@@ -42,7 +43,7 @@ from fleetlm_operator.resources import (
     Child,
 )
 from fleetlm_operator.ringspec import Images, Ring
-from fleetlm_operator.rolling import Roll, roll
+from fleetlm_operator.rolling import Roll, replaced_in_place, roll
 from fleetlm_operator.workloads import RENDERING, RENDERINGS, TEMPLATE_LABEL, deployment, stateful_set
 
 RENDERING_ANNOTATION: Final = "fleetlm.io/rendering"
@@ -87,6 +88,7 @@ class SwapMap(msgspec.Struct, frozen=True):
     version: str
     shards: int
     new: RingMap | None
+    in_place: tuple[ShardName, ...]
     why: str
 
 
@@ -166,11 +168,11 @@ def plan(seen: Observed, defaults: Defaults, memory: Memory = NO_MEMORY, *, now_
         decision = planning.plan(view, memory, now_s=now_s, only_end=not free or bool(rolling.replace))
     actions: list[Action] = []
     if not free and decision is not None and decision.new_map is not None:
-        actions += _map_changes(seen, decision)
+        actions += _map_changes(seen, decision, seen.map_seen.in_place if seen.map_seen else ())
     if free:
         actions += _repairs(seen, wanted)
         actions += _left_behind(seen, shards)
-        actions += _map_changes(seen, decision)
+        actions += _map_changes(seen, decision, replaced_in_place(seen, rolling))  # before the pods are asked to end
         actions += [
             Grow(claim.name, ring.spec.storage.size, f"grow {claim.name} to {ring.spec.storage.size}")
             for _, claim in sorted(seen.claims.items())
@@ -353,17 +355,18 @@ def _as_asked(child: Child, applied: str, there: Object) -> bool:
     return bool(applied == asked) and same_where_asked(child.body, there)
 
 
-def _map_changes(seen: Observed, decision: planning.Decision | None) -> list[Action]:
-    """The number of shards that is asked for, and the map that follows."""
+def _map_changes(seen: Observed, decision: planning.Decision | None, in_place: tuple[ShardName, ...]) -> list[Action]:
+    """The number of shards that is asked for, the map that follows, and which shards are replaced in place now."""
     there = seen.map_seen
     if there is None or decision is None:
         return []
     shards = seen.ring.spec.replicas
     if decision.new_map is not None:
-        return [SwapMap(there.version, shards, decision.new_map, decision.sentence)]
-    if there.shards != shards:
-        return [SwapMap(there.version, shards, there.map, f"the ring asks for {shards} shards")]
-    return []
+        return [SwapMap(there.version, shards, decision.new_map, in_place, decision.sentence)]
+    why = [f"the ring asks for {shards} shards"] if there.shards != shards else []
+    if there.in_place != in_place:
+        why.append(f"replaced in place: {', '.join(in_place) or 'none'}")
+    return [SwapMap(there.version, shards, there.map, in_place, "; ".join(why))] if why else []
 
 
 def _new_claim_template(seen: Observed, rolling: Roll, size: int) -> list[Action]:

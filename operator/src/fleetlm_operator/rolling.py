@@ -16,8 +16,9 @@ from typing import Final
 
 import msgspec
 
+from fleetlm_common.ids import ShardName
 from fleetlm_common.ring import Move
-from fleetlm_operator.membership import can_hand_over, is_empty, map_of
+from fleetlm_operator.membership import can_hand_over, is_empty, is_going, map_of
 from fleetlm_operator.observed import ContainerStatus, Observed, Pod, Waiting, condition_of, is_ready
 from fleetlm_operator.workloads import TEMPLATE_LABEL
 
@@ -119,6 +120,20 @@ def roll(seen: Observed, *, template: str, applied: bool) -> Roll:
         blocks = (Block("NoMoveSealed", f"{candidate.metadata.name} is ending a move"),)
     subject = blocks[0].message.split(" ", 1)[0] if blocks else candidate.metadata.name
     return Roll(numbers, () if blocks else (candidate,), blocks, subject, (number,) if hands_over else ())
+
+
+def replaced_in_place(seen: Observed, rolled: Roll) -> tuple[ShardName, ...]:
+    """Shards whose pods are replaced now, or on their way out, with the strategy `InPlace`; in order of ordinals.
+
+    The map says so before such a pod is asked to end, so that it ends at once; every other waits for its slots to go.
+    """
+    if seen.ring.spec.update.strategy != "InPlace":
+        return ()
+    return tuple(
+        ShardName(f"shard-{number}")
+        for number, pod in seen.pods.items()
+        if number in rolled.outdated and (is_going(pod) or pod in rolled.replace)
+    )
 
 
 def _moves(seen: Observed) -> tuple[Move, ...]:

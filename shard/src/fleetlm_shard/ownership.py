@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final, Literal
 
-from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, ShardEndpoint
+from fleetlm_common.control import ControlPlane, ControlPlaneUnavailable, ShardEndpoint, View
 from fleetlm_common.errors import FleetError, Moved, TryAgain
 from fleetlm_common.ids import Epoch, ShardName, Slot
 from fleetlm_common.logs import Logger
@@ -92,6 +92,8 @@ class Ownership:
         """Of the newest map whose consequences are all done."""
         self.shards: Mapping[ShardName, ShardEndpoint] = {}
         """Where the others are, as far as was seen."""
+        self.in_place = False
+        """This shard is about to be replaced and comes back at once: nobody takes its slots meanwhile."""
 
     @property
     def epoch(self) -> Epoch:
@@ -231,16 +233,18 @@ class Ownership:
             return
         finally:
             self._refreshing = None
-        self.shards = view.shards
-        if view.map is not None:
-            await self.adopt(view.map)
+        await self._seen(view)
 
     async def watch(self) -> None:
         """Follow the ring map; ends by cancellation, or by an error of the volume or the log."""
         async for view in self._control.watch():
-            self.shards = view.shards
-            if view.map is not None:
-                await self.adopt(view.map)
+            await self._seen(view)
+
+    async def _seen(self, view: View) -> None:
+        self.shards = view.shards
+        self.in_place = self._shard in view.spec.in_place
+        if view.map is not None:
+            await self.adopt(view.map)
 
     async def adopt(self, ring: RingMap) -> None:
         """Act on a map; one that is not newer changes nothing. Must not be cancelled, except at the process's end.

@@ -66,8 +66,11 @@ PROGRESS_S: Final = 0.5
 """How often the counts of a move are announced; a change of its state is at once."""
 ANNOUNCE_S: Final = 0.2
 """How often it is looked whether there is something new to announce: where we are, whether we are ready."""
-HANDOVER_BEGINS_S: Final = 2.0
-"""A shard that is asked to end waits so long for a move away from it: a controller begins one within a second."""
+HANDOVER_BEGINS_S: Final = 10.0
+"""A shard that is asked to end waits so long for a move away from it, and is served meanwhile.
+
+A controller begins one within a second; an operator that goes with the same node is replaced only seconds later.
+"""
 HANDOVER_LOOK_S: Final = 0.02
 """How often it looks whether others have its slots; users are served meanwhile."""
 FLUSH_S: Final = 0.5
@@ -324,14 +327,15 @@ class ShardProcess:
             self._end("signal")
 
     async def _hand_over(self, shard: Shard) -> None:
-        """Serve on while others take the slots; if no move begins soon nobody does, and waiting helps nobody."""
+        """Serve on while others take the slots; if nobody shall, or no move begins, waiting helps nobody."""
         self._events.event("handing_over", slots=len(shard.ownership.readable))
         clock = self._outside.clock
         begun_s = moved_s = clock.monotonic_s()
         while shard.ownership.holds and clock.monotonic_s() - begun_s < self._config.handover_s:
             if shard.ownership.leaving:
                 moved_s = clock.monotonic_s()
-            if not shard.ownership.has_others or clock.monotonic_s() - moved_s > HANDOVER_BEGINS_S:
+            nobody = shard.ownership.in_place or not shard.ownership.has_others
+            if nobody or clock.monotonic_s() - moved_s > HANDOVER_BEGINS_S:
                 break
             await asyncio.sleep(HANDOVER_LOOK_S)
         self._events.event("handed_over", left=shard.ownership.holds, seconds=round(clock.monotonic_s() - begun_s, 3))
