@@ -178,6 +178,36 @@ async def test_a_standby_follows(world: World, how: signal.Signals) -> None:
         await world.until_reason("Ready", "True/Serving")
 
 
+async def test_the_lease_goes_with_the_deployment(world: World) -> None:
+    """The operator's own; also one that was there before, as an earlier operator made it. Without one it stays."""
+    labels = {"app": "operator"}
+    body: Object = {
+        "apiVersion": DEPLOYMENTS.api,
+        "kind": DEPLOYMENTS.kind,
+        "metadata": {"name": "own"},
+        "spec": {
+            "replicas": 0,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "one", "image": "none"}]}},
+        },
+    }
+    for number, owners in enumerate([None, ["own"]]):
+        env = {"FLEETLM_OPERATOR_DEPLOYMENT": "own"}
+        operator = await world.operator(f"number-{number}", env=env)
+
+        async def leads(name: str = f"number-{number}") -> bool:
+            return await leader(world) == name
+
+        await world.until("it leads", leads)
+        found = await world.api.get(LEASES, world.namespace, "operator")
+        assert found is not None
+        said = found["metadata"].get("ownerReferences")
+        assert (said and [owner["name"] for owner in said]) == owners
+        operator.terminate()
+        await operator.wait()
+        await world.api.apply(DEPLOYMENTS, world.namespace, body, manager="helm")
+
+
 async def test_killed_again_and_again(world: World) -> None:
     """SIGKILL at growing moments during bring-up and upgrade: each time the next one goes on."""
     await world.make()

@@ -184,7 +184,11 @@ async def test_the_charts_rights_suffice_and_are_needed(world: World, namespaced
         assert {each.namespace for each in asked[begun:]} == {world.namespace, installed.namespace}
         assert not [each for each in installed.objects if each["kind"].startswith("Cluster")]
     own = [each for each in asked if each.namespace == installed.namespace]
-    assert {(each.resource, each.name) for each in own} <= {("leases", ACCOUNT), ("leases", "")}
+    assert {(each.resource, each.name) for each in own} <= {
+        ("leases", ACCOUNT),
+        ("leases", ""),
+        ("deployments", ACCOUNT),
+    }
     after = await world.metrics()
     moved = {re.sub(r"_(bucket|sum|count)$", "", name.partition("{")[0]) for name, value in after.items() if value}
     assert documented() <= moved, "a documented series that is still as it was when the process began"

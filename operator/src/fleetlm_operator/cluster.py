@@ -82,6 +82,7 @@ class Operator:
             namespace=self._config.pod_namespace,
             name=self._config.lease_name,
             identity=self._config.pod_name,
+            deployment=self._config.deployment,
             clock=self._clock,
             now=_now,
             log=self._log,

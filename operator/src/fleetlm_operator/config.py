@@ -50,6 +50,8 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Version of new rings that do not say; empty: the operator's own."""
     lease_name: Annotated[str, Meta(min_length=1, max_length=253)] = "fleetlm-operator"
     """Operators that share it take turns."""
+    deployment: Annotated[str, Meta(max_length=253)] = ""
+    """The operator's own Deployment: the Lease is deleted with it; empty: it stays."""
     ops_listen: str = "0.0.0.0:4200"
     """host:port for health and metrics."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -20,6 +20,7 @@ from fleetlm_common.clock import Clock
 from fleetlm_common.kubeapi import ApiConflict, ApiError, KubeApi, Object
 from fleetlm_common.kubenames import LEASES
 from fleetlm_common.logs import Logger
+from fleetlm_operator.resources import DEPLOYMENTS
 
 LEASE_S: Final = 8
 """A leader that is not heard of for so long is followed."""
@@ -48,6 +49,7 @@ class Leadership:
         namespace: where the Lease is.
         name: its name.
         identity: who this is; different for each process.
+        deployment: of the operator, in the same namespace: the Lease goes with it. Empty or not there: it stays.
         clock: for ages.
         now: the time, for people who look at the Lease.
         log: where changes are told.
@@ -60,6 +62,7 @@ class Leadership:
         namespace: str,
         name: str,
         identity: str,
+        deployment: str,
         clock: Clock,
         now: Callable[[], datetime],
         log: Logger,
@@ -68,6 +71,7 @@ class Leadership:
         self._namespace = namespace
         self._name = name
         self._identity = identity
+        self._deployment = deployment
         self._clock = clock
         self._now = now
         self._log = log
@@ -126,12 +130,12 @@ class Leadership:
             await self._look()
             held = self._held
             if held is None:
-                await self._make()
+                await self._make(await self._owner())
                 return True
             free = not held.holder or held.holder == self._identity
             if not free and self._clock.monotonic_s() - held.seen_s <= LEASE_S:
                 return False
-            await self._write(holder=self._identity, transitions=1)
+            await self._write(holder=self._identity, transitions=1, owner=await self._owner())
         except ApiError:
             return False
         return True
@@ -151,21 +155,34 @@ class Leadership:
         version = found["metadata"]["resourceVersion"]
         self._held = _Held(holder, version, self._clock.monotonic_s(), found)
 
-    async def _make(self) -> None:
+    async def _owner(self) -> Object:
+        """What the Lease's metadata says of whom it goes with; nothing if that cannot be read: leading matters more."""
+        found = None
+        if self._deployment:
+            with suppress(ApiError):
+                found = await self._api.get(DEPLOYMENTS, self._namespace, self._deployment)
+        if found is None:
+            return {}
+        uid = found["metadata"]["uid"]
+        owner = {"apiVersion": DEPLOYMENTS.api, "kind": DEPLOYMENTS.kind, "name": self._deployment, "uid": uid}
+        return {"ownerReferences": [owner]}
+
+    async def _make(self, owner: Object) -> None:
         body: Object = {
             "apiVersion": LEASES.api,
             "kind": LEASES.kind,
-            "metadata": {"name": self._name, "namespace": self._namespace},
+            "metadata": {"name": self._name, "namespace": self._namespace, **owner},
             "spec": self._spec(self._identity, 0),
         }
         self._remember(await self._api.create(LEASES, self._namespace, body))
 
-    async def _write(self, *, holder: str, transitions: int) -> None:
+    async def _write(self, *, holder: str, transitions: int, owner: Object | None = None) -> None:
         """Compare-and-swap from the version last seen."""
         assert self._held is not None
         spec = self._held.body.get("spec", {})
         count = spec.get("leaseTransitions", 0) + transitions
-        body = {**self._held.body, "spec": {**spec, **self._spec(holder, count)}}
+        metadata = {**self._held.body["metadata"], **(owner or {})}
+        body = {**self._held.body, "metadata": metadata, "spec": {**spec, **self._spec(holder, count)}}
         self._remember(await self._api.replace(LEASES, self._namespace, body))
 
     def _spec(self, holder: str, transitions: int) -> Object:
