@@ -51,9 +51,12 @@ class TestFence:
             raise RuntimeError(f"term {self.term} has ended")
 
 
-def message(session: str, seq: int, *, text: str = "", key: str | None = None, at_us: int = AT_US) -> Message:
+def message(
+    session: str, seq: int, *, text: str = "", key: str | None = None, at_us: int = AT_US, sender: str = "a"
+) -> Message:
     """A whole message; the same arguments give the same bytes."""
-    fragment = b'"sender_id":"a","sender_kind":"human","kind":"text","content":"%b","metadata":{}' % text.encode()
+    names = (sender.encode(), text.encode())
+    fragment = b'"sender_id":"%b","sender_kind":"human","kind":"text","content":"%b","metadata":{}' % names
     source = random.Random(f"{session}/{seq}/{text}")
     return Message(
         slot=len(session) % 7,

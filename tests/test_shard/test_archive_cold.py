@@ -15,9 +15,10 @@ import pytest_asyncio
 from fleetlm_cli.postgres import Postgres
 from fleetlm_common import rpc
 from fleetlm_common.errors import TryAgain
+from fleetlm_shard.archive.asking import SETTINGS
 from fleetlm_shard.archive.cold import Cold
 from fleetlm_shard.archive.feed import Places, Segment, read_piece
-from fleetlm_shard.archive.library import RANGE, SETTINGS, Library
+from fleetlm_shard.archive.library import RANGE, Library
 from fleetlm_shard.archive.rows import rows_of
 from fleetlm_shard.archive.schema import WEEK_US, make_partitions, migrate
 from fleetlm_shard.archive.store import Store, Volume, connect

@@ -24,6 +24,11 @@ REPLAY_LIMIT_DEFAULT: Final = 100
 """Messages of one replay page when the reader does not say."""
 REPLAY_LIMIT_MAX: Final = 1000
 """Messages of one replay page at the most."""
+INBOX_LIMIT_MAX: Final = 100
+"""Sessions of one page of an inbox: each costs the counting of up to `UNREAD_MAX` messages."""
+UNREAD_MAX: Final = 1000
+"""Messages after a read cursor that are looked at to count the unread ones: an agent that never marks anything read
+must not cost a walk through a million rows."""
 PAGE_BYTES_MAX: Final = 1024 * 1024
 """Bytes of messages of one page on the wire between shard and gateway; `has_more` says that there is more."""
 JSON_DEPTH_MAX: Final = 64
@@ -46,6 +51,8 @@ CLIENT_LIMITS: Final = MappingProxyType(
         "replay_limit_default": REPLAY_LIMIT_DEFAULT,
         "replay_limit_max": REPLAY_LIMIT_MAX,
         "json_depth_max": JSON_DEPTH_MAX,
+        "inbox_limit_max": INBOX_LIMIT_MAX,
+        "unread_max": UNREAD_MAX,
         "seq_max": SEQ_MAX,
         "request_deadline_ms": int(REQUEST_DEADLINE_S * 1000),
     }

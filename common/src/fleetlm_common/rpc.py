@@ -8,6 +8,10 @@ connection.
     APPEND → APPENDED   READ → PAGE   INFO → INFO_OK   SUBSCRIBE → SUBSCRIBED   MARK_READ → MARKED
     CREATE → CREATED    LIST → LISTED   PING → PONG    UNSUBSCRIBE (no reply)   GOAWAY (from the shard: it is leaving)
 
+Of the archive any shard may be asked, for the ring has one; what is said is as old as the archive lags:
+
+    PARTICIPATED → PARTICIPATED_OK   INBOX → INBOX_PAGE   CHANGES → CHANGED   ENTRIES → ENTRIES_OK
+
 The target of a move speaks to its source in the same way, as a peer of the name `shard:<its name>` (docs/moves.md):
 
     EXPORT, EXPORT_CHANGED → EXPORTED   EXPORT_MESSAGES → EXPORTED_MESSAGES   EXPORT_SEALED → EXPORTED_ALL
@@ -57,6 +61,14 @@ class Kind(IntEnum):
     CREATED = 25
     LIST = 26
     LISTED = 27
+    PARTICIPATED = 28
+    PARTICIPATED_OK = 29
+    INBOX = 30
+    INBOX_PAGE = 31
+    CHANGES = 32
+    CHANGED = 33
+    ENTRIES = 34
+    ENTRIES_OK = 35
     EXPORT = 40
     EXPORT_CHANGED = 41
     EXPORTED = 42
@@ -293,6 +305,99 @@ class Listed(_Payload, frozen=True):
     """Session ids with what INFO says of each."""
 
     sessions: list[tuple[str, InfoOk]]
+
+
+class Participated(_Payload, frozen=True):
+    """Sessions that a participant wrote to or marked read, in the order of their ids (UTF-8 bytes), after `after`."""
+
+    participant: str
+    after: str
+    limit: int
+
+
+class ParticipatedOk(_Payload, frozen=True):
+    """Their ids; fewer than asked for: there are no more."""
+
+    sessions: list[str]
+
+
+class InboxPlace(_Payload, frozen=True):
+    """A place in an inbox, whose newest activity comes first: that of this entry."""
+
+    active_at_us: int
+    session: str
+
+
+class Inbox(_Payload, frozen=True):
+    """Up to `limit` sessions that a participant wrote to or marked read, after `after` (None: from the newest)."""
+
+    participant: str
+    after: InboxPlace | None
+    limit: int
+
+
+class InboxEntry(_Payload, frozen=True):
+    """A session as the archive shows it to a participant.
+
+    `active_at_us`: when its newest message was inserted, or it was made. `unread`: messages after the read cursor that
+    others sent, among the first `UNREAD_MAX`; `unread_more`: there are further messages.
+    """
+
+    session: str
+    last_seq: int
+    inserted_at_us: int
+    active_at_us: int
+    metadata: bytes
+    last_read_seq: int
+    unread: int
+    unread_more: bool
+
+
+class InboxPage(_Payload, frozen=True):
+    """`more`: there are sessions after the last of these (a page also ends by its bytes)."""
+
+    entries: list[InboxEntry]
+    more: bool
+
+
+class ChangesPlace(_Payload, frozen=True):
+    """A place in the archive's stream of changes, the same for every shard: a transaction, and the database's time.
+
+    (0, 0): where it is now.
+    """
+
+    xid: int
+    at_us: int
+
+
+class Changes(_Payload, frozen=True):
+    """Which sessions of these participants changed since a place."""
+
+    participants: list[str]
+    since: ChangesPlace
+
+
+class Changed(_Payload, frozen=True):
+    """Of each pair: participant, session, last seq, last read seq; some may have been told before.
+
+    `now`: ask from there next. `lost`: what changed since then is not known (too long ago, or too much): read anew.
+    """
+
+    pairs: list[tuple[str, str, int, int]]
+    now: ChangesPlace
+    lost: bool
+
+
+class Entries(_Payload, frozen=True):
+    """Ask for these pairs of participant and session."""
+
+    pairs: list[tuple[str, str]]
+
+
+class EntriesOk(_Payload, frozen=True):
+    """Each pair's participant and entry; pairs that the archive does not know are left out."""
+
+    entries: list[tuple[str, InboxEntry]]
 
 
 class Export(_Payload, frozen=True):

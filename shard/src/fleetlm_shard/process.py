@@ -32,6 +32,7 @@ from fleetlm_common.outofmemory import end_when_out_of_memory
 from fleetlm_common.ring import is_restored
 from fleetlm_shard import admin
 from fleetlm_shard.archive.archiver import Archiver, Source
+from fleetlm_shard.archive.asking import Asker
 from fleetlm_shard.archive.feed import Segment
 from fleetlm_shard.archive.library import Library
 from fleetlm_shard.archive.link import Start
@@ -205,7 +206,9 @@ class ShardProcess:
         self._shard = shard
         if self._outside.archive_dsn:
             shard.archiver = self._archiver(shard, booted.volume)
-            shard.cold.shelves = Library(self._outside.archive_dsn, name=f"fleetlm {self._config.name} reader")
+            dsn, who = self._outside.archive_dsn, f"fleetlm {self._config.name}"
+            shard.cold.shelves = Library(dsn, name=f"{who} reader")
+            shard.inboxes.asker = Asker(dsn, name=f"{who} inboxes", what="sessions by participant are")
             self._run("archive", shard.archiver.run())
         if any(map(is_restored, shard.ownership.unconfirmed.values())):
             shard.restore = Restore(

@@ -27,6 +27,7 @@ from fleetlm_common.ids import SessionId, Slot, Term, checked_id
 from fleetlm_common.logs import Logger
 from fleetlm_common.rpc import Kind
 from fleetlm_common.wire import FrameConnection, Turn
+from fleetlm_shard.archive.inboxes import Inboxes
 from fleetlm_shard.exporter import Exporter
 from fleetlm_shard.log_types import LogError
 from fleetlm_shard.ownership import Ownership
@@ -45,7 +46,7 @@ UNREAD_BYTES_MAX: Final = 64 * 1024 * 1024
 """Answers that a gateway has not taken. Streams end and reads are refused long before; only the answers to appends of a
 peer that never reads come here, and a sweep sees it before it has grown by more than a second's worth."""
 PAGES_MAX: Final = 32
-"""READ and LIST requests that are worked on at once: with pages of 1 MiB this bounds their memory."""
+"""Requests for pages that are worked on at once: with pages of 1 MiB this bounds their memory."""
 
 Refusal = Callable[[], FleetError | None]
 """Why nothing is served now (starting, draining, stopped), if so."""
@@ -115,6 +116,7 @@ class Server:
         credentials: Credentials,
         service: Service,
         exporter: Exporter,
+        inboxes: Inboxes,
         sequencer: Sequencer,
         sessions: Sessions,
         ownership: Ownership,
@@ -149,6 +151,12 @@ class Server:
             Kind.MARK_READ: Handler(msgspec.msgpack.Decoder(rpc.MarkRead).decode, Kind.MARKED, service.mark_read),
             Kind.CREATE: Handler(msgspec.msgpack.Decoder(rpc.Create).decode, Kind.CREATED, service.create),
             Kind.LIST: Handler(msgspec.msgpack.Decoder(rpc.List).decode, Kind.LISTED, service.list_sessions),
+            Kind.PARTICIPATED: Handler(
+                msgspec.msgpack.Decoder(rpc.Participated).decode, Kind.PARTICIPATED_OK, inboxes.participated
+            ),
+            Kind.INBOX: Handler(msgspec.msgpack.Decoder(rpc.Inbox).decode, Kind.INBOX_PAGE, inboxes.inbox),
+            Kind.CHANGES: Handler(msgspec.msgpack.Decoder(rpc.Changes).decode, Kind.CHANGED, inboxes.changes),
+            Kind.ENTRIES: Handler(msgspec.msgpack.Decoder(rpc.Entries).decode, Kind.ENTRIES_OK, inboxes.entries),
             Kind.EXPORT: Handler(msgspec.msgpack.Decoder(rpc.Export).decode, Kind.EXPORTED, exporter.export),
             Kind.EXPORT_CHANGED: Handler(
                 msgspec.msgpack.Decoder(rpc.ExportChanged).decode, Kind.EXPORTED, exporter.changed
@@ -368,7 +376,7 @@ class Connection:
                     raise TryAgain("this gateway does not read its answers", reason="overloaded")
                 await serve()
 
-        large = handler.reply in {Kind.PAGE, Kind.LISTED}
+        large = handler.reply in _PAGES
         self.server.spawn(self._guard(ident, serve_page() if large else serve()))
 
     def _subscribe(self, ident: int, payload: bytes) -> None:
@@ -431,6 +439,7 @@ class Connection:
 GATEWAY_CHARS_MAX: Final = 128
 """Of a gateway's name in events."""
 
+_PAGES: Final = frozenset({Kind.PAGE, Kind.LISTED, Kind.INBOX_PAGE, Kind.CHANGED, Kind.ENTRIES_OK})
 _APPEND: Final = int(Kind.APPEND)
 _APPENDED: Final = int(Kind.APPENDED)
 """Asking an enum for a member takes 0.2 µs in Python 3.11; these two are asked for once an append."""

@@ -19,6 +19,7 @@ from fleetlm_common.ids import ShardName
 from fleetlm_common.ops import Health
 from fleetlm_common.slots import slot_of
 from fleetlm_shard.archive.cold import Cold
+from fleetlm_shard.archive.inboxes import Inboxes
 from fleetlm_shard.cursors import SessionWrites
 from fleetlm_shard.exporter import Exporter
 from fleetlm_shard.importer import ImportParts
@@ -143,6 +144,7 @@ class Shard:
         self.subscriptions = Subscriptions()
         self.writes = Writes(self.log, sessions, self.subscriptions, clock=world.clock, measured=world.measured)
         self.cold = Cold(self.log)
+        self.inboxes = Inboxes()
         self.replay = Replay(sessions, self.cold)
         self.holdings = rebuilt.holdings
         self.news = asyncio.Event()
@@ -261,6 +263,7 @@ class Shard:
             credentials=self.credentials,
             service=service,
             exporter=self.moves.exporter,
+            inboxes=self.inboxes,
             sequencer=self.sequencer,
             sessions=sessions,
             ownership=self.ownership,

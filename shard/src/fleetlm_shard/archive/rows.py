@@ -35,6 +35,7 @@ class SessionRow:
     inserted_at_us: int
     first_seq: int = 0
     last_seq: int = 0
+    active_at_us: int = 0
     metadata: bytes | None = None
 
 
@@ -86,9 +87,10 @@ def rows_of(records: Iterable[tuple[int, Record]], *, without: Collection[int]) 
 def _session(rows: Rows, session: bytes, slot: int, at_us: int) -> SessionRow:
     row = rows.sessions.get(session)
     if row is None:
-        row = rows.sessions[session] = SessionRow(slot, at_us)
+        row = rows.sessions[session] = SessionRow(slot, at_us, active_at_us=at_us)
     elif at_us and (not row.inserted_at_us or at_us < row.inserted_at_us):
         row.inserted_at_us = at_us
+    row.active_at_us = max(row.active_at_us, at_us)
     return row
 
 

@@ -75,6 +75,19 @@ MIGRATIONS: Final = (
     );
     CREATE INDEX ON fleetlm.quarantine (session, seq);
     """,
+    """
+    ALTER TABLE fleetlm.sessions ADD COLUMN active_at_us bigint NOT NULL DEFAULT 0;
+    UPDATE fleetlm.sessions AS s SET active_at_us = greatest(s.inserted_at_us, coalesce((
+        SELECT m.inserted_at_us FROM fleetlm.messages m WHERE m.session = s.session AND m.seq = s.last_seq), 0));
+    CREATE INDEX ON fleetlm.participants (session, participant);
+    CREATE TABLE fleetlm.changes (
+        xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+        at timestamptz NOT NULL DEFAULT clock_timestamp(),
+        sessions bytea[] NOT NULL
+    );
+    CREATE INDEX ON fleetlm.changes (xid);
+    CREATE INDEX ON fleetlm.changes (at);
+    """,
 )
 """Each brings the database one version further; never changed once it was released."""
 VERSION: Final = len(MIGRATIONS)

@@ -1,6 +1,7 @@
 """Writing to PostgreSQL: one transaction a batch, with the position in the log that it reaches (docs/archive.md).
 
-    lock the batch's sessions ─► compare what is there already ─► COPY the rest ─► sessions, participants ─► position
+    lock the batch's sessions ─► compare what is there already ─► COPY the rest ─► sessions, participants, changes
+    ─► position
 
 Promise: a batch is there whole or not at all, and as often as it is written it is there once. The lock on its
 sessions' rows orders everybody who archives one session (an elder process, the other side of a move). A message that
@@ -48,6 +49,10 @@ RECORD_FAULTS: Final = (
     asyncpg.exceptions.DataError,
 )
 """What PostgreSQL says when a row, not the connection or the server, is at fault."""
+CHANGES_KEPT_S: Final = 300
+"""Gateways with inboxes ask several times a second what has changed; whoever was away for longer reads anew."""
+_SWEEP_BATCHES: Final = 200
+"""Transactions between two deletions of old rows of `changes`: some ten seconds of a busy log."""
 _COLUMNS: Final = ("session", "seq", "inserted_at_us", "sender", "key", "content_hash", "body")
 
 
@@ -114,6 +119,7 @@ class Store:
         self._connection = connection
         self._volume = volume
         self._weeks: set[int] = set()
+        self._unswept = 0
 
     async def open(self) -> Standing:
         """Migrate, and read where the archive stands; this term takes over.
@@ -149,6 +155,10 @@ class Store:
         fresh_weeks = weeks - self._weeks
         if fresh_weeks:
             await self._make_partitions(fresh_weeks)
+        self._unswept += 1
+        if self._unswept >= _SWEEP_BATCHES:
+            self._unswept = 0
+            await self._sweep_changes()
         try:
             return await self._write_once(rows, from_pos, to_pos)
         except RECORD_FAULTS:
@@ -177,7 +187,17 @@ class Store:
             await self._copy(fresh)
         await self._update_sessions(rows)
         await self._update_participants(rows)
+        names = sorted(rows.sessions)
+        await self._connection.execute("INSERT INTO fleetlm.changes (sessions) VALUES ($1::bytea[])", names)
         return len(fresh)
+
+    async def _sweep_changes(self) -> None:
+        """Two volumes' sweeps take different rows: none waits for the other, whatever else it has locked."""
+        await self._connection.execute(
+            "DELETE FROM fleetlm.changes WHERE ctid = ANY(ARRAY("
+            " SELECT ctid FROM fleetlm.changes WHERE at < now() - make_interval(secs => $1) FOR UPDATE SKIP LOCKED))",
+            float(CHANGES_KEPT_S),
+        )
 
     async def halt(self, diverged: Diverged, *, from_pos: int) -> None:
         """Archive nothing more of a slot from a position on, until a person has looked."""
@@ -259,14 +279,16 @@ class Store:
             " first_seq = CASE WHEN s.first_seq = 0 OR n.first_seq BETWEEN 1 AND s.first_seq THEN n.first_seq"
             " ELSE s.first_seq END,"
             " inserted_at_us = CASE WHEN s.inserted_at_us = 0 OR n.inserted_at_us BETWEEN 1 AND s.inserted_at_us"
-            " THEN n.inserted_at_us ELSE s.inserted_at_us END, metadata = coalesce(n.metadata, s.metadata)"
-            " FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bytea[])"
-            " AS n(session, first_seq, last_seq, inserted_at_us, metadata) WHERE s.session = n.session",
+            " THEN n.inserted_at_us ELSE s.inserted_at_us END, metadata = coalesce(n.metadata, s.metadata),"
+            " active_at_us = greatest(s.active_at_us, n.active_at_us)"
+            " FROM unnest($1::bytea[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bytea[], $6::bigint[])"
+            " AS n(session, first_seq, last_seq, inserted_at_us, metadata, active_at_us) WHERE s.session = n.session",
             [session for session, _ in items],
             [row.first_seq for _, row in items],
             [row.last_seq for _, row in items],
             [row.inserted_at_us for _, row in items],
             [row.metadata for _, row in items],
+            [row.active_at_us for _, row in items],
         )
 
     async def _update_participants(self, rows: Rows) -> None:
