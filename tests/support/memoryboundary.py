@@ -2,7 +2,8 @@
 
 Promise: what it answers a real ring could answer. What tests need to steer stands in a few plain fields: `gate` holds
 answers back, `refusal` refuses, `refusal_at_the_door` refuses appends before they are queued, `trim` forgets old
-messages. Must not be done here: failing by itself.
+messages, `archived` takes the archive away, `lose` forgets what changed in it. Must not be done here: failing by
+itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from fleetlm_common import rpc
 from fleetlm_common.clock import iso_utc
-from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid
+from fleetlm_common.errors import Conflict, FleetError, IdempotencyConflict, Invalid, NotFound
 from fleetlm_common.ids import SessionId
 from fleetlm_common.limits import PAGE_BYTES_MAX
 from fleetlm_common.ops import Health
@@ -23,6 +26,10 @@ from fleetlm_gateway.jsontext import encode
 EPOCH: Final = 7
 PAGE: Final = 100
 """Messages of one delivery during replay."""
+
+
+class _Sender(msgspec.Struct):
+    sender_id: str
 
 
 @dataclass
@@ -36,9 +43,16 @@ class _Session:
     exists: bool = False
     earliest: int = 1
     last: int = 0
+    active_us: int = 0
 
     def message(self, seq: int) -> bytes:
         return self.messages[seq - self.earliest]
+
+    def sender(self, seq: int) -> str:
+        return msgspec.json.decode(self.message(seq), type=_Sender).sender_id
+
+    def wrote(self, participant: str) -> bool:
+        return any(self.sender(seq) == participant for seq in range(self.earliest, self.last + 1))
 
 
 def _page(session: _Session, first_seq: int) -> list[bytes]:
@@ -124,6 +138,10 @@ class MemoryBoundary(Boundary):
         self.health = Health(ok=True, reason="Ready")
         self.reads_under_way = 0
         self.reads_at_once = 0
+        self.archived = True
+        self._changes: list[str] = []
+        """Sessions in the order in which they changed."""
+        self._lost = False
         self._all: dict[str, _Session] = {}
         self._now_us = 1_700_000_000_000_000
         self._appending: asyncio.Queue[tuple[SessionId, list[rpc.Draft], int | None, AppendDone]] = asyncio.Queue()
@@ -193,6 +211,8 @@ class MemoryBoundary(Boundary):
             % (ack.id.encode(), encode(session.name), ack.seq, draft.fragment, ack.inserted_at.encode())
         )
         session.keys[draft.key] = ack, draft.fragment
+        session.active_us = self._now_us
+        self._changes.append(session.name)
         return ack
 
     def append_then(
@@ -276,6 +296,7 @@ class MemoryBoundary(Boundary):
         _refuse_ahead(found, seq, "seq")
         if seq > found.cursors.get(participant, 0):
             found.cursors[participant] = seq
+            self._changes.append(found.name)
             for place in list(found.places):
                 place.told(participant, seq)
         return found.cursors.get(participant, 0)
@@ -297,6 +318,66 @@ class MemoryBoundary(Boundary):
             key=str.encode,
         )
         return [(name, self._info(self._all[name])) for name in names[:limit]]
+
+    def lose(self) -> None:
+        """What changed so far cannot be told any more."""
+        self._lost = True
+
+    async def _pass_archive(self) -> None:
+        await self._pass()
+        if not self.archived:
+            raise NotFound("this ring has no archive", reason="no_archive")
+
+    def _of(self, participant: str) -> list[_Session]:
+        return [found for found in self._all.values() if participant in found.cursors or found.wrote(participant)]
+
+    def _entry(self, found: _Session, participant: str) -> rpc.InboxEntry:
+        read = found.cursors.get(participant, 0)
+        others = [
+            seq for seq in range(max(read + 1, found.earliest), found.last + 1) if found.sender(seq) != participant
+        ]
+        return rpc.InboxEntry(
+            found.name, found.last, found.active_us, found.active_us, found.metadata, read, len(others), False
+        )
+
+    async def sessions_of(
+        self, participant: str, *, after: str, limit: int
+    ) -> tuple[list[tuple[str, rpc.InfoOk]], bool]:
+        """List."""
+        await self._pass_archive()
+        found = sorted((one for one in self._of(participant) if one.name > after), key=lambda one: one.name)
+        return [(one.name, self._info(one)) for one in found[:limit]], len(found) > limit
+
+    async def inbox(self, participant: str, *, after: rpc.InboxPlace | None, limit: int) -> rpc.InboxPage:
+        """A page."""
+        await self._pass_archive()
+        found = sorted(self._of(participant), key=lambda one: (one.active_us, one.name), reverse=True)
+        if after is not None:
+            found = [one for one in found if (one.active_us, one.name) < (after.active_at_us, after.session)]
+        return rpc.InboxPage([self._entry(one, participant) for one in found[:limit]], len(found) > limit)
+
+    async def changes(self, participants: list[str], since: rpc.ChangesPlace) -> rpc.Changed:
+        """News."""
+        await self._pass_archive()
+        now = rpc.ChangesPlace(len(self._changes) + 1, self._now_us)
+        if since.xid == 0:
+            return rpc.Changed([], now, lost=False)
+        if self._lost:
+            self._lost = False
+            return rpc.Changed([], now, lost=True)
+        changed = set(self._changes[since.xid - 1 :])
+        pairs = [
+            (participant, one.name, one.last, one.cursors.get(participant, 0))
+            for participant in participants
+            for one in self._of(participant)
+            if one.name in changed
+        ]
+        return rpc.Changed(pairs, now, lost=False)
+
+    async def entries(self, pairs: list[tuple[str, str]]) -> list[tuple[str, rpc.InboxEntry]]:
+        """What inboxes show."""
+        await self._pass_archive()
+        return [(participant, self._entry(self._all[session], participant)) for participant, session in pairs]
 
     async def subscribe(self, session: SessionId, *, start: Start, sink: Sink) -> MemoryPlace:
         """Open a place."""

@@ -20,7 +20,7 @@ from fleetlm_common.ids import SessionId
 from fleetlm_common.logs import Logger
 from fleetlm_common.ops import Health
 from fleetlm_gateway import listing
-from fleetlm_gateway.exchanges import CREATE, INFO, MARK_READ, READ
+from fleetlm_gateway.exchanges import CHANGES, CREATE, ENTRIES, INBOX, INFO, MARK_READ, PARTICIPATED, READ
 from fleetlm_gateway.lanes import Lanes
 from fleetlm_gateway.metrics import InnerMetrics
 from fleetlm_gateway.router import Router
@@ -175,6 +175,52 @@ class Boundary:
             TryAgain: a shard did not answer (a list with a hole would look like a whole one).
         """
         return await listing.merged(self._router, after=after, limit=limit)
+
+    async def sessions_of(
+        self, participant: str, *, after: str, limit: int
+    ) -> tuple[list[tuple[str, rpc.InfoOk]], bool]:
+        """Up to `limit` sessions that a participant wrote to or marked read, after id `after`; whether there are more.
+
+        Which they are the archive says, how they are their owners.
+
+        Raises:
+            FleetError: `TryAgain`, or `NotFound` with reason `no_archive`.
+        """
+        # One more than is shown: only that proves that there is more.
+        found = await self._router.request_any(PARTICIPATED, rpc.Participated(participant, after, limit + 1))
+        names = found.sessions[:limit]
+        tasks = [asyncio.ensure_future(self.info(SessionId(name))) for name in names]
+        try:
+            infos = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # the first refusal is the answer
+                task.cancel()
+        shown = [(name, info) for name, info in zip(names, infos, strict=True) if info.exists]
+        return shown, len(found.sessions) > limit
+
+    async def inbox(self, participant: str, *, after: rpc.InboxPlace | None, limit: int) -> rpc.InboxPage:
+        """A page of a participant's sessions as the archive has them, newest activity first.
+
+        Raises:
+            FleetError: as `sessions_of`.
+        """
+        return await self._router.request_any(INBOX, rpc.Inbox(participant, after, limit))
+
+    async def changes(self, participants: list[str], since: rpc.ChangesPlace) -> rpc.Changed:
+        """Which sessions of these participants changed in the archive since a place.
+
+        Raises:
+            FleetError: as `sessions_of`.
+        """
+        return await self._router.request_any(CHANGES, rpc.Changes(participants, since))
+
+    async def entries(self, pairs: list[tuple[str, str]]) -> list[tuple[str, rpc.InboxEntry]]:
+        """What inboxes show of these pairs of participant and session.
+
+        Raises:
+            FleetError: as `sessions_of`.
+        """
+        return (await self._router.request_any(ENTRIES, rpc.Entries(pairs))).entries
 
     async def subscribe(self, session: SessionId, *, start: Start, sink: Sink) -> Subscription:
         """Open a place in a session. Cancel-safe: nothing stays behind.

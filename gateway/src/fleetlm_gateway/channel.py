@@ -53,6 +53,11 @@ def unmatched(topic: str) -> NotFound:
     return NotFound(f"topic {topic[:_SHOWN_CHARS_MAX]!r} is not joined on this socket", reason="unmatched topic")
 
 
+def superseded() -> Invalid:
+    """The answer to a join that is not waited for any more."""
+    return Invalid("the topic was left or joined again before this join was done", reason="superseded")
+
+
 class Channel:
     """A `Sink` for one subscription.
 
@@ -61,6 +66,7 @@ class Channel:
         session: what `topic` names.
         topic: as the client wrote it.
         join: the request that makes it; `join_ref` of everything that follows.
+        start: where it begins.
     """
 
     __slots__ = (
@@ -72,6 +78,7 @@ class Channel:
         "_joining",
         "_session",
         "_socket",
+        "_start_at",
         "_subscription",
         "_topic",
         "_waiting",
@@ -79,13 +86,14 @@ class Channel:
         "text",
     )
 
-    def __init__(self, socket: Socket, *, session: SessionId, topic: str, join: Request) -> None:
+    def __init__(self, socket: Socket, *, session: SessionId, topic: str, join: Request, start: Start) -> None:
         self._socket = socket
         self._session = session
         self._topic = topic
         self.text = join.topic
         self.join_ref = join.join_ref
         self._join: Request | None = join
+        self._start_at = start
         self._head = phoenix.messages_head(self.join_ref, self.text)
         self._joining: asyncio.Task[None] | None = None
         self._subscription: Subscription | None = None
@@ -96,14 +104,14 @@ class Channel:
 
     # -- joining and leaving
 
-    def open(self, start: Start) -> None:
+    def open(self) -> None:
         """Begin to join; what comes meanwhile waits."""
-        self._joining = self._socket.spawn(self._open(start))
+        self._joining = self._socket.spawn(self._open())
 
-    async def _open(self, start: Start) -> None:
+    async def _open(self) -> None:
         socket = self._socket
         try:
-            subscription = await socket.hub.boundary.subscribe(self._session, start=start, sink=self)
+            subscription = await socket.hub.boundary.subscribe(self._session, start=self._start_at, sink=self)
         except FleetError as error:
             socket.forget(self)
             self._give_up_joining(error)
@@ -129,9 +137,7 @@ class Channel:
             self._socket.hub.metrics.topics.dec()
         if self._joining is not None:
             self._joining.cancel()
-            self._give_up_joining(
-                Invalid("the topic was left or joined again before this join was done", reason="superseded")
-            )
+            self._give_up_joining(superseded())
 
     def _give_up_joining(self, error: FleetError) -> None:
         join, self._join, self._joining = self._join, None, None

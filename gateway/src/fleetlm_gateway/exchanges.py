@@ -43,6 +43,12 @@ READ: Final = Exchange(Kind.READ, Kind.PAGE, msgspec.msgpack.Decoder(rpc.Page).d
 INFO: Final = Exchange(Kind.INFO, Kind.INFO_OK, msgspec.msgpack.Decoder(rpc.InfoOk).decode)
 MARK_READ: Final = Exchange(Kind.MARK_READ, Kind.MARKED, msgspec.msgpack.Decoder(rpc.Marked).decode)
 CREATE: Final = Exchange(Kind.CREATE, Kind.CREATED, msgspec.msgpack.Decoder(rpc.Created).decode)
+PARTICIPATED: Final = Exchange(
+    Kind.PARTICIPATED, Kind.PARTICIPATED_OK, msgspec.msgpack.Decoder(rpc.ParticipatedOk).decode
+)
+INBOX: Final = Exchange(Kind.INBOX, Kind.INBOX_PAGE, msgspec.msgpack.Decoder(rpc.InboxPage).decode)
+CHANGES: Final = Exchange(Kind.CHANGES, Kind.CHANGED, msgspec.msgpack.Decoder(rpc.Changed).decode)
+ENTRIES: Final = Exchange(Kind.ENTRIES, Kind.ENTRIES_OK, msgspec.msgpack.Decoder(rpc.EntriesOk).decode)
 LIST: Final = Exchange(Kind.LIST, Kind.LISTED, msgspec.msgpack.Decoder(rpc.Listed).decode)
 
 

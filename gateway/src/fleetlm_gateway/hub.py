@@ -18,6 +18,7 @@ from fleetlm_common.logs import Logger
 from fleetlm_gateway.boundary import Boundary
 from fleetlm_gateway.config import GatewayConfig
 from fleetlm_gateway.drafts import Keys
+from fleetlm_gateway.inboxes import Inboxes
 from fleetlm_gateway.metrics import OuterMetrics
 from fleetlm_gateway.websocket import CLOSE_LINGER_S
 
@@ -63,6 +64,7 @@ class Hub:
         self._sockets: set[Socket] = set()
         self._dirty: list[Outflow] = []
         self._empty = asyncio.Event()
+        self.inboxes = Inboxes(boundary, entropy=entropy, fault=self.fault)
 
     def admit(self) -> None:
         """Refuse a socket that is one too many.
@@ -121,6 +123,7 @@ class Hub:
             self._loop.call_later(self._entropy.uniform(0, window_s), socket.finish)
         self._empty.clear()
         if not self._sockets:
+            self.inboxes.stop()
             return
         try:
             async with asyncio.timeout(window_s + REQUEST_DEADLINE_S + CLOSE_LINGER_S):
@@ -131,5 +134,6 @@ class Hub:
 
     def abort(self) -> None:
         """End every socket at once."""
+        self.inboxes.stop()
         for socket in list(self._sockets):
             socket.abort()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 from fleetlm_gateway import phoenix, wsframes
 
 if TYPE_CHECKING:
-    from fleetlm_gateway.channel import Channel
     from fleetlm_gateway.hub import Hub
+    from fleetlm_gateway.websocket import AnyChannel
 
 FLUSH_BYTES: Final = 64 * 1024
 """From this size on parts are handed over one by one instead of being copied together, and a reader of requests flushes
@@ -56,7 +56,7 @@ class Outflow:
         self._pending_bytes = 0
         self._sent_bytes = 0
         self._dirty = False
-        self._starved: dict[Channel, None] = {}
+        self._starved: dict[AnyChannel, None] = {}
         self._room: asyncio.Future[None] | None = None
         self._full_since_s = self._progress_s = 0.0
         self._drained_bytes = 0
@@ -133,12 +133,12 @@ class Outflow:
         """What this process holds for the client and its network has not taken."""
         return self._pending_bytes + (0 if self._transport is None else self._transport.get_write_buffer_size())
 
-    def starve(self, channel: Channel) -> None:
+    def starve(self, channel: AnyChannel) -> None:
         """Remember whom to call when there is room again."""
         self._starved[channel] = None
         self._mark_dirty()
 
-    def spare(self, channel: Channel) -> None:
+    def spare(self, channel: AnyChannel) -> None:
         """Do not call it any more."""
         self._starved.pop(channel, None)
 

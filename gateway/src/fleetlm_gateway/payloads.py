@@ -5,13 +5,17 @@ Promise: a value that comes out is in range; a refusal names the field. Must not
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, TypeVar
 
 import msgspec
+from msgspec import Raw
 
 from fleetlm_common import rpc
+from fleetlm_common.clock import iso_utc
 from fleetlm_common.errors import FleetError, Invalid
-from fleetlm_common.limits import REPLAY_LIMIT_DEFAULT, REPLAY_LIMIT_MAX, SEQ_MAX
+from fleetlm_common.ids import checked_id
+from fleetlm_common.limits import INBOX_LIMIT_MAX, REPLAY_LIMIT_DEFAULT, REPLAY_LIMIT_MAX, SEQ_MAX
 from fleetlm_gateway.boundary import FromCursor, FromTail, LiveOnly, Start
 from fleetlm_gateway.jsontext import decode_fields, encode, repeated_name
 
@@ -24,6 +28,10 @@ TailField = Annotated[int, msgspec.Meta(ge=0, le=REPLAY_LIMIT_MAX)]
 class _Join(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     cursor: SeqField | None = None
     tail: TailField | None = None
+
+
+class _JoinInbox(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    limit: Annotated[int, msgspec.Meta(ge=1, le=INBOX_LIMIT_MAX)] = INBOX_LIMIT_MAX
 
 
 class Replay(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -58,6 +66,26 @@ class JoinReply(msgspec.Struct, frozen=True, gc=False):
     earliest_seq: int
 
 
+class InboxEntryBody(msgspec.Struct, frozen=True, gc=False):
+    """A session in an inbox."""
+
+    session_id: str
+    last_seq: int
+    last_read_seq: int
+    unread: int
+    unread_more: bool
+    active_at: str
+    inserted_at: str
+    metadata: Raw
+
+
+class InboxBody(msgspec.Struct, frozen=True, gc=False):
+    """A page of an inbox, newest activity first; `next` asks for the page that follows, null at the end."""
+
+    sessions: list[InboxEntryBody]
+    next: str | None
+
+
 class GapBody(msgspec.Struct, frozen=True, gc=False):
     """What this ring does not hold any more."""
 
@@ -70,7 +98,10 @@ class GapBody(msgspec.Struct, frozen=True, gc=False):
 
 T = TypeVar("T")
 
+_PLACE: Final = re.compile(r"([0-9]{1,16})\.(.+)", re.DOTALL)
+
 _JOIN: Final = msgspec.json.Decoder(_Join)
+_JOIN_INBOX: Final = msgspec.json.Decoder(_JoinInbox)
 _REPLAY: Final = msgspec.json.Decoder(Replay)
 _MARK_READ: Final = msgspec.json.Decoder(MarkRead)
 
@@ -95,6 +126,47 @@ def start_of_join(payload: bytes) -> Start:
     if asked.cursor is not None:
         return FromCursor(asked.cursor)
     return LiveOnly() if not asked.tail else FromTail(asked.tail)
+
+
+def limit_of_inbox_join(payload: bytes) -> int:
+    """How many sessions a join of an inbox begins with.
+
+    Raises:
+        Invalid: names the field.
+    """
+    return _decoded(_JOIN_INBOX, payload).limit
+
+
+def inbox_place(text: str) -> rpc.InboxPlace:
+    """The place that `next` of a page names.
+
+    Raises:
+        Invalid: it names none.
+    """
+    found = _PLACE.fullmatch(text)
+    if found is None or int(found[1]) > SEQ_MAX:
+        raise Invalid("after must be the next of a page before", field="after")
+    return rpc.InboxPlace(int(found[1]), checked_id(found[2], "after"))
+
+
+def inbox_entry(entry: rpc.InboxEntry) -> InboxEntryBody:
+    """A session as an inbox shows it."""
+    return InboxEntryBody(
+        entry.session,
+        entry.last_seq,
+        entry.last_read_seq,
+        entry.unread,
+        entry.unread_more,
+        iso_utc(entry.active_at_us),
+        iso_utc(entry.inserted_at_us),
+        Raw(entry.metadata),
+    )
+
+
+def inbox_body(page: rpc.InboxPage) -> InboxBody:
+    """A page of an inbox as clients see it."""
+    following = f"{page.entries[-1].active_at_us}.{page.entries[-1].session}" if page.more else None
+    return InboxBody([inbox_entry(entry) for entry in page.entries], following)
 
 
 def replay(payload: bytes) -> Replay:

@@ -17,9 +17,9 @@ from msgspec import Raw
 
 from fleetlm_common import rpc
 from fleetlm_common.clock import Clock
-from fleetlm_common.errors import Invalid, NotFound
+from fleetlm_common.errors import Forbidden, Invalid, NotFound
 from fleetlm_common.ids import SessionId, checked_id, uuid7
-from fleetlm_common.limits import CLIENT_LIMITS, REPLAY_LIMIT_DEFAULT, REPLAY_LIMIT_MAX, SEQ_MAX
+from fleetlm_common.limits import CLIENT_LIMITS, INBOX_LIMIT_MAX, REPLAY_LIMIT_DEFAULT, REPLAY_LIMIT_MAX, SEQ_MAX
 from fleetlm_gateway import drafts, payloads, principal
 from fleetlm_gateway.boundary import Boundary
 from fleetlm_gateway.config import GatewayConfig
@@ -107,10 +107,12 @@ class Rest:
 
     async def _get_sessions(self, request: web.Request) -> web.Response:
         query = _query(request, "after", "limit", "participant_id")
-        if "participant_id" in query:
-            raise Invalid("sessions by participant are not served yet", reason="not_served", field="participant_id")
         after = checked_id(query["after"], "after") if query.get("after") else ""
         limit = _number(query, "limit", 1, REPLAY_LIMIT_MAX, REPLAY_LIMIT_DEFAULT)
+        if "participant_id" in query:
+            participant = checked_id(query["participant_id"], "participant_id")
+            of_participant, more = await self._boundary.sessions_of(participant, after=after, limit=limit)
+            return json_response(_Sessions([_session(*each) for each in of_participant], has_more=more))
         # One more than is shown: only that proves that there is more.
         found = await self._boundary.sessions(after=after, limit=limit + 1)
         shown = [_session(name, info) for name, info in found[:limit]]
@@ -170,7 +172,14 @@ class Rest:
         return json_response({"last_read_seq": marked})
 
     async def _get_inbox(self, request: web.Request) -> web.Response:
-        raise NotFound("inboxes are not served yet", reason="not_served", field="inbox")
+        query = _query(request, "after", "limit")
+        participant = _path_id(request)
+        if principal.of_request(request.headers).id != participant:
+            raise Forbidden("an inbox is shown to its participant only", field="id")
+        limit = _number(query, "limit", 1, INBOX_LIMIT_MAX, INBOX_LIMIT_MAX)
+        after = payloads.inbox_place(query["after"]) if query.get("after") else None
+        page = await self._boundary.inbox(participant, after=after, limit=limit)
+        return json_response(payloads.inbox_body(page))
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -183,10 +192,14 @@ def _session(name: str, info: rpc.InfoOk) -> _Session:
 
 
 def _session_id(request: web.Request) -> SessionId:
+    return SessionId(_path_id(request))
+
+
+def _path_id(request: web.Request) -> str:
     """The id in the path, from the path as it was sent (aiohttp's decoding would let bytes that are no UTF-8 pass)."""
     encoded = request.rel_url.raw_path.split("/")[3]
     try:
-        return SessionId(checked_id(unquote_to_bytes(encoded).decode(), "id"))
+        return checked_id(unquote_to_bytes(encoded).decode(), "id")
     except UnicodeDecodeError as error:
         raise Invalid("the id in the path is not percent-encoded UTF-8", field="id") from error
 

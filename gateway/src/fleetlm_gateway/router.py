@@ -9,6 +9,7 @@ Must not be done here: order of appends (`lanes.py`), streams (`streams.py`), by
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -185,6 +186,24 @@ class Router:
         return await self._within_deadline(
             exchange, lambda: (self._link(shard), encoded), lambda _: False, deadline_s=deadline_s
         )
+
+    async def request_any(self, exchange: Exchange[R], payload: msgspec.Struct) -> R:
+        """Ask whichever shard answers: what they all know. One that does not is followed by another.
+
+        Raises:
+            FleetError: as `request`.
+        """
+        encoded = rpc.encode(payload)
+        turns = itertools.count(self.entropy.randrange(1 << 16))
+
+        def attempt() -> tuple[ShardLink, bytes]:
+            ready = [link for _, link in sorted(self._links.items()) if link.ready]
+            if not ready:
+                raise NoPath("no shard can be reached")
+            return ready[next(turns) % len(ready)], encoded
+
+        deadline_s = self._loop.time() + REQUEST_DEADLINE_S
+        return await self._within_deadline(exchange, attempt, lambda _: False, deadline_s=deadline_s)
 
     @property
     def members(self) -> list[str]:

@@ -22,6 +22,7 @@ from fleetlm_common.limits import FRAME_BYTES_MAX
 from fleetlm_gateway import closing, payloads, phoenix, wsframes
 from fleetlm_gateway.channel import EVENTS, Channel, Request, malformed_payload, unmatched
 from fleetlm_gateway.closing import CloseReason
+from fleetlm_gateway.inboxchannel import InboxChannel
 from fleetlm_gateway.outflow import Outflow
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _SESSION_TOPIC: Final = "session:"
 _INBOX_TOPIC: Final = "inbox:"
 _LABELS: Final = EVENTS | {"phx_join", "phx_leave", "heartbeat"}
 _EMPTY: Final = b"{}"
+
+AnyChannel = Channel | InboxChannel
 
 
 class Socket(asyncio.Protocol):
@@ -72,7 +75,7 @@ class Socket(asyncio.Protocol):
     def __init__(self, hub: Hub, principal: Principal) -> None:
         self.hub = hub
         self.principal = principal
-        self.channels: dict[str, Channel] = {}
+        self.channels: dict[str, AnyChannel] = {}
         self.out = Outflow(hub, on_room=self._refill)
         self.pages = asyncio.Semaphore(PAGES_MAX)
         self._loop = asyncio.get_running_loop()
@@ -218,7 +221,7 @@ class Socket(asyncio.Protocol):
             return TryAgain("this gateway is leaving", reason="draining", retry_after_ms=self.hub.retry_after_ms)
         return None
 
-    def _route(self, request: Request, frame: phoenix.Frame, channel: Channel | None) -> None:
+    def _route(self, request: Request, frame: phoenix.Frame, channel: AnyChannel | None) -> None:
         if frame.event == "phx_join":
             self._join(request, frame, channel)
         elif frame.topic == "phoenix":
@@ -243,12 +246,9 @@ class Socket(asyncio.Protocol):
             error = Invalid("topic phoenix knows the event heartbeat", reason="unknown_event", field="event")
             self.answer_error(request, error)
 
-    def _join(self, request: Request, frame: phoenix.Frame, elder: Channel | None) -> None:
+    def _join(self, request: Request, frame: phoenix.Frame, elder: AnyChannel | None) -> None:
         try:
-            session = _session_of(frame.topic)
-            if frame.payload is None:
-                raise malformed_payload()
-            start = payloads.start_of_join(frame.payload)
+            channel = self._channel(request, frame)
             if self.hub.draining:
                 raise TryAgain("this gateway is leaving", reason="draining", retry_after_ms=self.hub.retry_after_ms)
             if elder is None and len(self.channels) >= self.hub.config.topics_per_socket:
@@ -260,8 +260,27 @@ class Socket(asyncio.Protocol):
         if elder is not None:
             self._end_channel(elder, frame.topic)
             self.out.send(phoenix.ended(elder.join_ref, elder.text, b"phx_close"))
-        channel = self.channels[frame.topic] = Channel(self, session=session, topic=frame.topic, join=request)
-        channel.open(start)
+        self.channels[frame.topic] = channel
+        channel.open()
+
+    def _channel(self, request: Request, frame: phoenix.Frame) -> AnyChannel:
+        """What a join asks for.
+
+        Raises:
+            Invalid: not a topic of ours, an id that cannot be, or a payload that cannot be; names the field.
+            Forbidden: the inbox of somebody else.
+        """
+        if frame.payload is None:
+            raise malformed_payload()
+        if frame.topic.startswith(_SESSION_TOPIC):
+            session = SessionId(checked_id(frame.topic[len(_SESSION_TOPIC) :], "topic"))
+            start = payloads.start_of_join(frame.payload)
+            return Channel(self, session=session, topic=frame.topic, join=request, start=start)
+        if frame.topic.startswith(_INBOX_TOPIC):
+            if frame.topic[len(_INBOX_TOPIC) :] != self.principal.id:
+                raise Forbidden("a participant may join its own inbox only", field="topic")
+            return InboxChannel(self, join=request, limit=payloads.limit_of_inbox_join(frame.payload))
+        raise Invalid("topics are session:<id> and inbox:<participant>", reason="unmatched topic", field="topic")
 
     # -- answers
 
@@ -369,14 +388,14 @@ class Socket(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def forget(self, channel: Channel) -> None:
+    def forget(self, channel: AnyChannel) -> None:
         """Drop a channel that ended by itself."""
         for topic, current in self.channels.items():
             if current is channel:
                 del self.channels[topic]
                 return
 
-    def _end_channel(self, channel: Channel, topic: str) -> None:
+    def _end_channel(self, channel: AnyChannel, topic: str) -> None:
         self.out.spare(channel)
         del self.channels[topic]
         channel.close()
@@ -401,17 +420,3 @@ class Socket(asyncio.Protocol):
             # A request would stay unanswered: the socket ends, the client comes back, the fault is in the log.
             self.hub.fault(fault)
             self.close(closing.INTERNAL)
-
-
-def _session_of(topic: str) -> SessionId:
-    """The session that a topic names.
-
-    Raises:
-        Invalid: not a topic of ours, or an id that cannot be; names the field.
-        Forbidden: an inbox (they come later, and only a participant's own).
-    """
-    if topic.startswith(_SESSION_TOPIC):
-        return SessionId(checked_id(topic[len(_SESSION_TOPIC) :], "topic"))
-    if topic.startswith(_INBOX_TOPIC):
-        raise Forbidden("inboxes are not served yet; a participant may only ever join its own", field="topic")
-    raise Invalid("topics are session:<id>", reason="unmatched topic", field="topic")
