@@ -142,6 +142,8 @@ class MemoryBoundary(Boundary):
         self._changes: list[str] = []
         """Sessions in the order in which they changed."""
         self._lost = False
+        self.asked = 0
+        """Questions to the archive."""
         self._all: dict[str, _Session] = {}
         self._now_us = 1_700_000_000_000_000
         self._appending: asyncio.Queue[tuple[SessionId, list[rpc.Draft], int | None, AppendDone]] = asyncio.Queue()
@@ -324,6 +326,7 @@ class MemoryBoundary(Boundary):
         self._lost = True
 
     async def _pass_archive(self) -> None:
+        self.asked += 1
         await self._pass()
         if not self.archived:
             raise NotFound("this ring has no archive", reason="no_archive")

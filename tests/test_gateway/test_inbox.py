@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,7 +164,8 @@ async def test_what_cannot_be_told_is_shown_anew() -> None:
         await post(rig, "s", "alice")
         client, _ = await joined(rig)
         rig.boundary.refusal = TryAgain("away", reason="unavailable")
-        await asyncio.sleep(0.1)
+        asked = rig.boundary.asked
+        await eventually(lambda: rig.boundary.asked > asked + 2, "some looks failed")
         rig.boundary.refusal = None
         await post(rig, "s", "bob")
         assert (await told(client))["unread"] == 1
@@ -216,6 +218,10 @@ async def test_a_page_is_as_new_as_the_looks_that_follow() -> None:
         assert (await told(client))["last_seq"] == 3
 
 
+def _asked_since(rig: FrontRig, asked: int) -> bool:
+    return rig.boundary.asked > asked
+
+
 @on_uvloop
 async def test_who_does_not_read_gets_a_fresh_page_afterwards() -> None:
     """A full socket is told no entries, which would fill it further."""
@@ -229,7 +235,8 @@ async def test_who_does_not_read_gets_a_fresh_page_afterwards() -> None:
         (socket,) = rig.front.hub.sockets()
         for _ in range(50):
             await post(rig, "s", "bob")
-            await asyncio.sleep(0.02)
+            asked = rig.boundary.asked
+            await eventually(partial(_asked_since, rig, asked), "it was looked")
         held = socket.out.waiting_bytes()
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         unread, entries = 0, 0

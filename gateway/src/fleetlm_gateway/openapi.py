@@ -12,10 +12,12 @@ from typing import Any, Final
 from fleetlm_common.limits import (
     BATCH_MESSAGES_MAX,
     ID_BYTES_MAX,
+    INBOX_LIMIT_MAX,
     KIND_BYTES_MAX,
     REPLAY_LIMIT_DEFAULT,
     REPLAY_LIMIT_MAX,
     SEQ_MAX,
+    UNREAD_MAX,
 )
 
 Json = dict[str, Any]
@@ -120,6 +122,27 @@ _SCHEMAS: Final[Json] = {
         inserted_at={"type": "string"},
     ),
     "Sessions": _object(("sessions", "has_more"), sessions=_list_of(_ref("Session")), has_more={"type": "boolean"}),
+    "InboxEntry": _object(
+        (
+            "session_id",
+            "last_seq",
+            "last_read_seq",
+            "unread",
+            "unread_more",
+            "active_at",
+            "inserted_at",
+            "metadata",
+        ),
+        session_id=_ID,
+        last_seq=_SEQ,
+        last_read_seq=_SEQ,
+        unread={"type": "integer", "minimum": 0, "maximum": UNREAD_MAX},
+        unread_more={"type": "boolean"},
+        active_at=_TIME,
+        inserted_at=_TIME,
+        metadata={"type": "object"},
+    ),
+    "Inbox": _object(("sessions", "next"), sessions=_list_of(_ref("InboxEntry")), next={"type": ["string", "null"]}),
     "CreateSession": {
         **_object((), id={**_ID, "type": ["string", "null"]}, metadata={"type": ["object", "null"]}),
         "additionalProperties": False,
@@ -201,6 +224,31 @@ _HEADERS: Final[dict[int, Json]] = {429: _RETRY_AFTER, 503: _RETRY_AFTER}
 _WRITE_REFUSALS: Final = (400, 401, 403, 408, 409, 413, 415, 429, 503)
 
 
+_LIST: Final = _operation(
+    "listSessions",
+    "Sessions by the bytes of their ids",
+    {200: "Sessions"},
+    parameters=(
+        _parameter("after", "query", _ID, "the last id of the page before"),
+        _LIMIT,
+        _parameter("participant_id", "query", _ID, "those that it wrote to or marked read (archive)"),
+    ),
+    refusals=(400, 403, 404, 429, 503),
+)
+_INBOX: Final = _operation(
+    "inbox",
+    "The participant's sessions with unread counts, newest activity first",
+    {200: "Inbox"},
+    parameters=(
+        _IN_PATH,
+        *_SPEAKER,
+        _parameter("after", "query", {"type": "string"}, "`next` of the page before"),
+        _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": INBOX_LIMIT_MAX}, ""),
+    ),
+    refusals=(400, 401, 403, 404, 429, 503),
+)
+
+
 def _paths() -> Json:
     messages = {
         "get": _operation(
@@ -231,12 +279,7 @@ def _paths() -> Json:
     return {
         "/v1/limits": {"get": _operation("limits", "Every limit with its name", {200: "Limits"}, refusals=(403, 503))},
         "/v1/sessions": {
-            "get": _operation(
-                "listSessions",
-                "Sessions by the bytes of their ids",
-                {200: "Sessions"},
-                parameters=(_parameter("after", "query", _ID, "the last id of the page before"), _LIMIT),
-            ),
+            "get": _LIST,
             "post": _operation(
                 "createSession",
                 "Make a session (200: it existed with the same metadata)",
@@ -265,9 +308,7 @@ def _paths() -> Json:
                 refusals=_WRITE_REFUSALS,
             )
         },
-        "/v1/participants/{id}/inbox": {
-            "get": _operation("inbox", "Not served yet: 404", {}, parameters=(_IN_PATH,), refusals=(403, 404, 503))
-        },
+        "/v1/participants/{id}/inbox": {"get": _INBOX},
     }
 
 

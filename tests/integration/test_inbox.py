@@ -1,0 +1,136 @@
+"""Inboxes of a real ring: right counts whoever owns a session, dies, or moves; and the same over the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from tests.support.fleet import Fleet, fleet
+from tests.support.upcommands import fleetlm
+
+WAIT_S = 60.0
+SESSIONS = 10
+Shown = dict[str, tuple[int, int, int]]
+"""Last seq, last read seq and unread of each session."""
+
+
+class Truth:
+    """Writes by REST, again until it is acknowledged, and remembers what Ann's inbox must show."""
+
+    def __init__(self, running: Fleet, http: aiohttp.ClientSession) -> None:
+        self.url = running.url
+        self.http = http
+        self.random = random.Random(7)
+        self.senders: dict[str, list[str]] = {}
+        self.read: dict[str, int] = {}
+        self.keys = 0
+
+    async def step(self) -> None:
+        """Somebody writes somewhere, or Ann reads."""
+        name = f"s-{self.random.randrange(SESSIONS)}"
+        senders = self.senders.setdefault(name, [])
+        if senders and self.random.random() < 0.2:
+            seq = self.random.randint(1, len(senders))
+            body = await self._sent("PUT", f"{name}/read", "ann", {"seq": seq})
+            self.read[name] = max(seq, self.read.get(name, 0))
+            assert body["last_read_seq"] == self.read[name]
+            return
+        self.keys += 1
+        sender = self.random.choice(["ann", "bob", "cid"])
+        body = await self._sent("POST", f"{name}/messages", sender, {"content": 1, "idempotency_key": str(self.keys)})
+        senders.append(sender)
+        assert body["seq"] == len(senders)
+
+    async def _sent(self, method: str, path: str, who: str, body: object) -> dict[str, Any]:
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                url = f"{self.url}/v1/sessions/{path}"
+                async with self.http.request(method, url, json=body, headers={"X-Participant-Id": who}) as answer:
+                    if answer.status < 300:
+                        found: dict[str, Any] = await answer.json()
+                        return found
+                    assert answer.status in {429, 503}, await answer.text()
+                await asyncio.sleep(0.05)
+
+    def shown(self) -> Shown:
+        """What Ann's inbox must show."""
+        found: Shown = {}
+        for name, senders in self.senders.items():
+            read = self.read.get(name, 0)
+            if "ann" in senders or read:
+                found[name] = (len(senders), read, sum(sender != "ann" for sender in senders[read:]))
+        return found
+
+
+def entries(body: dict[str, Any]) -> Shown:
+    """What a page shows."""
+    return {each["session_id"]: (each["last_seq"], each["last_read_seq"], each["unread"]) for each in body["sessions"]}
+
+
+class Socket:
+    """Ann's socket: her inbox as its frames say."""
+
+    def __init__(self) -> None:
+        self.shown: Shown = {}
+
+    async def run(self, running: Fleet, http: aiohttp.ClientSession) -> None:
+        """Join and follow, until cancelled."""
+        query = "vsn=2.0.0&participant_id=ann"
+        async with http.ws_connect(f"{running.websocket_url}?{query}") as socket:
+            while True:
+                await socket.send_json(["1", "1", "inbox:ann", "phx_join", {}])
+                async for frame in socket:
+                    _, _, _, event, payload = msgspec.json.decode(frame.data)
+                    if event == "sessions":
+                        self.shown = entries(payload)
+                    elif event == "session":
+                        self.shown |= entries({"sessions": [payload]})
+                    elif event == "phx_reply" and payload["status"] == "error":
+                        assert payload["response"]["code"] in {"TRY_AGAIN", "NOT_FOUND"}, payload
+                        break  # the archive's tables are not there yet
+                await asyncio.sleep(0.1)
+
+
+@pytest.mark.timeout(240)
+async def test_an_inbox_is_right_whoever_dies_or_moves(tmp_path: Path) -> None:
+    """A shard and the database are killed, slots move: at the end the counts are those of what was acknowledged."""
+    async with (
+        fleet(tmp_path / "ring", shards=2, slots=16, archive="embedded") as running,
+        aiohttp.ClientSession() as http,
+    ):
+        truth, socket = Truth(running, http), Socket()
+        following = asyncio.create_task(socket.run(running, http))
+        for number in range(160):
+            if number == 40:
+                running.kill("shard-0")
+            if number == 80:
+                running.kill("archive")
+            if number == 120:
+                scaled = await asyncio.to_thread(fleetlm, "shards", "scale", "3", "--data", str(running.data))
+                assert scaled.returncode == 0, scaled.stdout + scaled.stderr
+            await truth.step()
+        wanted = truth.shown()
+        assert len(wanted) > SESSIONS // 2
+
+        async def shown() -> Shown:
+            url = f"{running.url}/v1/participants/ann/inbox"
+            async with http.get(url, headers={"X-Participant-Id": "ann"}) as answer:
+                return entries(await answer.json()) if answer.status == 200 else {}
+
+        async with asyncio.timeout(WAIT_S):
+            while await shown() != wanted or socket.shown != wanted:
+                assert not following.done(), following.exception()
+                await asyncio.sleep(0.05)
+        async with http.get(f"{running.url}/v1/sessions?participant_id=ann") as answer:
+            listed = await answer.json()
+        assert [each["session_id"] for each in listed["sessions"]] == sorted(wanted)
+        assert {each["session_id"]: each["last_seq"] for each in listed["sessions"]} == {
+            name: seqs[0] for name, seqs in wanted.items()
+        }
+        following.cancel()
