@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fleetlm_cli.postgres import Postgres
 from fleetlm_common import rpc
-from fleetlm_shard.archive.compare import compare, prune
+from fleetlm_shard.archive.compare import compare
+from fleetlm_shard.archive.pruning import prune
 from fleetlm_shard.archive.schema import WEEK_US
 from tests.support.postgres import empty_database, running
 from tests.support.rpcclient import RpcClient, draft
@@ -271,9 +272,9 @@ async def test_verify_names_what_is_missing_or_different_and_prune_takes_whole_w
         assert (found.missing, found.different, found.ok) == ([("s", 2)], [("s", 4)], False)
         newest_us = await connection.fetchval("SELECT max(inserted_at_us) FROM fleetlm.messages")
         await connection.close()
-        assert await prune(it.dsn, before_us=newest_us) == []
+        assert await prune(it.dsn, age_us=0, now_us=newest_us) == []
         week = newest_us // WEEK_US
-        assert week in await prune(it.dsn, before_us=(week + 1) * WEEK_US)
+        assert week in await prune(it.dsn, age_us=-WEEK_US, now_us=newest_us), "as a week later"
         found = await compare(tmp_path / "shard-0", it.dsn, progress=lambda _done, _all: None)
         assert found.ok
         assert found.pruned == 5

@@ -120,6 +120,14 @@ def variables(component: str, spec: Object) -> dict[str, str]:
     return {each["name"]: each["value"] for each in environment if "value" in each}
 
 
+def test_the_archives_retention_reaches_the_shards() -> None:
+    """Only when it is asked for: pods of rings that do not stay as they are."""
+    name = "FLEETLM_SHARD_ARCHIVE_RETENTION_S"
+    asked = {"archive": {**ARCHIVED["archive"], "maxAgeSeconds": 7_776_000}}
+    assert variables("shard", asked)[name] == "7776000"
+    assert name not in variables("shard", ARCHIVED)
+
+
 def test_every_variable_is_one_that_the_component_knows() -> None:
     """An unknown one would keep it from starting."""
     page = (Path(__file__).parents[2] / "docs" / "operations" / "configuration.md").read_text()

@@ -25,7 +25,7 @@ from fleetlm_cli.show import Printer, printable
 from fleetlm_cli.target import DATA_DEFAULT, JsonOption
 from fleetlm_cli.verify import volumes
 from fleetlm_shard.archive.compare import Comparison, compare
-from fleetlm_shard.archive.compare import prune as prune_weeks
+from fleetlm_shard.archive.pruning import prune as prune_weeks
 from fleetlm_shard.log_types import LogUnreadable
 
 _SHOWN_MAX: Final = 20
@@ -84,12 +84,12 @@ def prune(
             f"--older-than {older_than!r} must be a number with d, w or y, for example 90d", status=Exit.USAGE
         )
     dsn = _dsn(url_file, data)
-    before_us = time.time_ns() // 1000 - int(matched[1]) * _DAYS[matched[2]] * 86_400_000_000
-    day = f"{datetime.fromtimestamp(before_us / 1e6, UTC):%Y-%m-%d}"
+    now_us, age_us = time.time_ns() // 1000, int(matched[1]) * _DAYS[matched[2]] * 86_400_000_000
+    day = f"{datetime.fromtimestamp((now_us - age_us) / 1e6, UTC):%Y-%m-%d}"
     if not yes:
         typer.confirm(f"Delete every archived week that ended before {day}?", abort=True)
     try:
-        gone = asyncio.run(prune_weeks(dsn, before_us=before_us))
+        gone = asyncio.run(prune_weeks(dsn, age_us=age_us, now_us=now_us))
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise _away(error) from error
     typer.echo(f"deleted {len(gone)} weeks that ended before {day}")

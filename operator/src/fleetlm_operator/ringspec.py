@@ -66,6 +66,7 @@ class Archive(Part, frozen=True):
     """PostgreSQL that gets every message."""
 
     secret_ref: SecretKey
+    max_age_seconds: int = 0
 
 
 class Idempotency(Part, frozen=True):

@@ -181,8 +181,10 @@ def _shard_pod(ring: Ring, images: Images, rendering: int) -> Object:
 def _add_archive(pod: Object, archive: Archive) -> None:
     """Mount the Secret with the URL. A pod starts without it, too: a Secret that is lost costs the archive only."""
     container = pod["containers"][0]
-    variable = f"FLEETLM_{container['name'].upper()}_ARCHIVE_URL_FILE"
-    container["env"].append({"name": variable, "value": f"{ARCHIVE_MOUNT}/{archive.secret_ref.key}"})
+    prefix = f"FLEETLM_{container['name'].upper()}_ARCHIVE_"
+    container["env"].append({"name": f"{prefix}URL_FILE", "value": f"{ARCHIVE_MOUNT}/{archive.secret_ref.key}"})
+    if archive.max_age_seconds:
+        container["env"].append({"name": f"{prefix}RETENTION_S", "value": str(archive.max_age_seconds)})
     container["volumeMounts"].append({"name": "archive", "mountPath": ARCHIVE_MOUNT, "readOnly": True})
     secret = {"secretName": archive.secret_ref.name, "defaultMode": 0o440, "optional": True}
     pod["volumes"].append({"name": "archive", "secret": secret})

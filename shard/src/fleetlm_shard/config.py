@@ -64,6 +64,8 @@ class ShardConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Delete segments whose newest message is older; 0: never."""
     archive_url_file: str = ""
     """File with the PostgreSQL URL of the archive, read at each connection (it may hold a password); empty: none."""
+    archive_retention_s: Annotated[float, Meta(ge=0)] = 0.0
+    """Delete whole weeks from the archive that ended so many seconds ago; 0: never. The least of any shard counts."""
     checkpoint_bytes: Positive = 64 * _MIB
     """Make a checkpoint when the log has grown by this: bounds what a boot reads."""
     checkpoint_sessions: Positive = 50_000

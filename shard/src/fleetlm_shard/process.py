@@ -272,6 +272,7 @@ class ShardProcess:
             term=volume.term,
             log_style=config.log_style,
             log_level=config.log_level,
+            retention_s=config.archive_retention_s,
         )
         source = Source(
             segments=lambda: [Segment(header, end_pos) for header, end_pos in log.places()],

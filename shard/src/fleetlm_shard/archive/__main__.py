@@ -19,6 +19,7 @@ from fleetlm_common.clock import SystemClock
 from fleetlm_common.logs import Level, StreamLogger
 from fleetlm_shard.archive.feed import Places, Segment, read_piece
 from fleetlm_shard.archive.link import Durable, Placed, Said, Start
+from fleetlm_shard.archive.pruning import prune_on
 from fleetlm_shard.archive.store import Volume
 from fleetlm_shard.archive.worker import Feed, Report, Worker
 from fleetlm_shard.disk import OsDisk
@@ -77,6 +78,10 @@ async def _run() -> int:
         entropy=random.Random(os.urandom(32)),
     )
     tasks = {asyncio.create_task(hear()), asyncio.create_task(worker.run())}
+    if start.retention_s:
+        age_us = int(start.retention_s * 1_000_000)
+        pruning = prune_on(start.dsn, age_us=age_us, clock=SystemClock(), events=events, sleep=asyncio.sleep)
+        tasks.add(asyncio.create_task(pruning))
     done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in rest:
         task.cancel()

@@ -1,7 +1,7 @@
-"""Whether the archive holds what a volume's log holds, for `fleetlm archive verify`; and deletion by age, for `prune`.
+"""Whether the archive holds what a volume's log holds, for `fleetlm archive verify`.
 
 Promise: reads a volume only, also one that a process runs on (what is archived is durable); memory is bounded by a
-piece of the log. `prune` drops whole weeks and nothing younger. Must not be done here: talking to people.
+piece of the log. Must not be done here: talking to people.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fleetlm_shard.archive.feed import Places, Segment, read_piece
-from fleetlm_shard.archive.schema import MIGRATION_LOCK, WEEK_US, partition_name
 from fleetlm_shard.archive.store import connect
 from fleetlm_shard.chain import read_chain
 from fleetlm_shard.disk import OsDisk
@@ -132,38 +131,7 @@ async def _check(connection: Connection[Record], messages: dict[tuple[bytes, int
             found.missing.append(named)
 
 
-async def _weeks(connection: Connection[Record]) -> list[int]:
-    """The weeks that have a partition, ascending."""
-    rows = await connection.fetch(
-        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
-        " WHERE i.inhparent = 'fleetlm.messages'::regclass"
-    )
-    return sorted(int(row["relname"].removeprefix(partition_name(0)[:-1])) for row in rows)
-
-
 async def _oldest_us(connection: Connection[Record]) -> int:
     """Where the oldest week begins, if a prune has taken what was before it; else 0."""
     pruned = await connection.fetchval("SELECT pruned_before_us FROM fleetlm.archive")
     return int(pruned or 0)
-
-
-async def prune(dsn: str, *, before_us: int) -> list[int]:
-    """Delete the weeks that ended before a time; returns them (weeks since 1970).
-
-    Raises:
-        OSError, TimeoutError, asyncpg.PostgresError: the database cannot be used; what was dropped before is gone.
-    """
-    connection = await connect(dsn, name="fleetlm archive prune")
-    try:
-        gone = [week for week in await _weeks(connection) if (week + 1) * WEEK_US <= before_us]
-        for week in gone:
-            # One transaction a week: the lock on the table of all messages is held for a moment each.
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
-                await connection.execute(
-                    "UPDATE fleetlm.archive SET pruned_before_us = greatest(pruned_before_us, $1)", (week + 1) * WEEK_US
-                )
-                await connection.execute(f"DROP TABLE IF EXISTS fleetlm.{partition_name(week)}")
-        return gone
-    finally:
-        await connection.close()

@@ -27,6 +27,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     term: int
     log_style: Literal["json", "text", "auto"]
     log_level: Level
+    retention_s: float = 0.0
+    """How long the archive keeps messages at least; 0: for ever."""
 
 
 class Placed(msgspec.Struct, frozen=True, tag="placed"):
