@@ -19,6 +19,7 @@ from fleetlm_cli import environment
 from fleetlm_cli.append import append
 from fleetlm_cli.archive import archive
 from fleetlm_cli.bench import bench
+from fleetlm_cli.drill import drill
 from fleetlm_cli.exits import Failure
 from fleetlm_cli.move import move
 from fleetlm_cli.restore import restore
@@ -77,6 +78,7 @@ app.add_typer(archive, name="archive")
 shards.command()(restore)
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
+app.add_typer(drill, name="drill")
 
 
 def main() -> None:

@@ -169,7 +169,7 @@ async def _restart(folder: Path, shard: UpProcess) -> int:
         ):
             while True:
                 current = upfile.find(folder).process(shard.name)
-                if current.pid != shard.pid and await _is_ready(http, current):
+                if current.pid != shard.pid and await is_ready(http, current):
                     return current.pid
                 await asyncio.sleep(POLL_S)
     except TimeoutError as error:
@@ -178,7 +178,8 @@ async def _restart(folder: Path, shard: UpProcess) -> int:
         ) from error
 
 
-async def _is_ready(http: aiohttp.ClientSession, shard: UpProcess) -> bool:
+async def is_ready(http: aiohttp.ClientSession, shard: UpProcess) -> bool:
+    """A process says so itself."""
     try:
         async with http.get(f"{shard.ops_url}/health/ready") as answer:
             return answer.status == 200
