@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
 from tests.e2e.conftest import OPERATOR_NAMESPACE
-from tests.e2e.kubectl import kubectl, listed, until
+from tests.e2e.kubectl import get, kubectl, listed, run, until
 from tests.e2e.rings import Ring, killed_in_place, pod_ready, replaced
 from tests.e2e.traffic import Traffic, under_traffic
 
@@ -53,6 +56,17 @@ async def test_a_gateway_pod_is_deleted(ring: Ring) -> None:
         await ring.ready()
 
     await under_traffic(ring, "kubectl delete pod, a gateway", script)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+async def test_a_drill_drains_a_node(ring: Ring) -> None:
+    """`fleetlm drill drain-node`: promises held, and the node takes pods again."""
+    where = ("--kubernetes", f"{ring.namespace}/{ring.name}", "--url", await ring.url())
+    drill = ("drill", "drain-node", "node1", *where, "--timeout", "180", "--yes", "--json")
+    verdict = json.loads(await run(sys.executable, "-m", "fleetlm_cli.main", *drill, timeout_s=400))
+    assert verdict["held"], verdict
+    assert not (await get("", "node", "node1"))["spec"].get("unschedulable", False)
 
 
 @pytest.mark.long
