@@ -15,7 +15,7 @@ from typing import Final
 
 from tests.cluster import images, kind, lifecycle, nodes, paths, processes
 from tests.cluster.say import ClusterError, Step, say
-from tests.e2e.published import UPGRADE, published
+from tests.e2e.published import CLUSTER_GOES, UPGRADE, published
 
 LOCK: Final = Path("/run/fleetlm-e2e.lock")
 """One run a machine: two would take each other's nodes away."""
@@ -43,7 +43,7 @@ def _run(arguments: list[str]) -> int:
         lifecycle.up(3, [archive], helm=True)
     try:
         _load(archive.name, fresh=mine)
-        return _pytest(arguments)
+        return _pytest(arguments, cluster_goes=mine)
     finally:
         if mine:
             lifecycle.down()
@@ -62,13 +62,17 @@ def _load(name: str, *, fresh: bool) -> None:
     mark.write_text(name)
 
 
-def _pytest(arguments: list[str]) -> int:
+def _pytest(arguments: list[str], *, cluster_goes: bool) -> int:
     left_out = kind.NOT_THERE if kind.asked() else ()
     if left_out:
         say(f"kind: left out, for its processes and StorageClasses are its own: {', '.join(left_out)}")
     ignored = [f"--ignore=tests/e2e/{name}" for name in left_out]
     line = [sys.executable, "-m", "pytest", "-q", "--tb=native", "tests/e2e", *ignored, *arguments]
-    env = os.environ | {"KUBECONFIG": str(paths.KUBECONFIG), "PATH": f"{paths.BINARIES}:{os.environ['PATH']}"}
+    env = os.environ | {
+        "KUBECONFIG": str(paths.KUBECONFIG),
+        "PATH": f"{paths.BINARIES}:{os.environ['PATH']}",
+        CLUSTER_GOES: "1" if cluster_goes else "",
+    }
     return subprocess.call(processes.in_host("client", *line), cwd=paths.ROOT, env=env)
 
 

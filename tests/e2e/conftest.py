@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from tests.cluster import images, lifecycle, paths
 from tests.cluster.say import ClusterError
 from tests.e2e.kubectl import CommandError, run_now
+from tests.e2e.published import CLUSTER_GOES
 from tests.e2e.rings import Ring, nothing_ended_by_itself
 from tests.e2e.traffic import STALLS
 
@@ -72,7 +74,8 @@ def installed(cluster: None) -> Generator[None]:
     remove_everything()
     install_operator()
     yield
-    remove_everything()
+    if not os.environ.get(CLUSTER_GOES):
+        remove_everything()
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ UPGRADE: Final = "0.1.0-upgraded"
 BAD: Final = "0.1.0-nowhere"
 """A tag that no node has."""
 
+CLUSTER_GOES: Final = "FLEETLM_E2E_CLUSTER_GOES"
+"""Set when the cluster is taken down after the tests: nothing needs to be uninstalled from it one by one."""
+
 
 def published(target: str, version: str | None = None) -> str:
     """What a ring that says nothing else, of this version, runs."""

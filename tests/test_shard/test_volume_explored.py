@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
+
 from fleetlm_common.ids import ShardName
 from fleetlm_shard.disk import Disk
 from fleetlm_shard.volume import Volume, take_volume
@@ -204,6 +206,7 @@ def test_two_boots_on_an_empty_volume_in_every_order() -> None:
     assert explorer.ends == {("returned", "returned"), ("returned", "Fenced"), ("Fenced", "returned")}
 
 
+@pytest.mark.long
 def test_three_boots_with_two_of_them_frozen_anywhere() -> None:
     """An elder frozen at every step of its boot, a younger one at every step of its own, a third, and on they go."""
     explorer = Explorer(Judge(singles=False), private=private, keeps=keeps, alike=True, switches=2)
