@@ -117,3 +117,13 @@ async def _tasks_of(http: aiohttp.ClientSession, url: str) -> float:
         found = re.search(r"^fleetlm_process_tasks (\S+)", await answer.text(), re.MULTILINE)
     assert found is not None
     return float(found[1])
+
+
+def test_queries_for_dashboards_name_metrics_that_there_are() -> None:
+    """Each name in a query stands in a table above, which other tests compare with what processes show."""
+    page = (Path(__file__).parents[2] / "docs" / "operations" / "metrics.md").read_text()
+    tables, _, queries = page.partition("\n## Queries for dashboards\n")
+    known = set(re.findall(r"`((?:fleetlm|process)_\w+)`", tables))
+    asked = {name.removesuffix("_bucket") for name in re.findall(r"\b(?:fleetlm|process)_\w+", queries)}
+    assert len(asked) > 20
+    assert asked <= known, asked - known
