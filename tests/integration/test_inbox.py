@@ -134,3 +134,10 @@ async def test_an_inbox_is_right_whoever_dies_or_moves(tmp_path: Path) -> None:
             name: seqs[0] for name, seqs in wanted.items()
         }
         following.cancel()
+        command = ("inbox", "--as", "ann", "--url", running.url)
+        told = await asyncio.to_thread(fleetlm, *command, "--json")
+        lines = [msgspec.json.decode(line) for line in told.stdout.splitlines()]
+        assert entries({"sessions": lines}) == wanted
+        assert [line["active_at"] for line in lines] == sorted((line["active_at"] for line in lines), reverse=True)
+        piped = await asyncio.to_thread(fleetlm, *command, "--limit", "1")
+        assert piped.stdout.split("\t")[:2] == [lines[0]["session_id"], str(lines[0]["unread"])]

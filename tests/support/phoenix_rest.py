@@ -28,6 +28,7 @@ class ModelRest:
             web.get("/v1/sessions/{id}/messages", self.messages),
             web.get("/v1/sessions/{id}", self.session),
             web.get("/v1/sessions", self.sessions),
+            web.get("/v1/participants/{id}/inbox", self.inbox),
         ]
 
     def _failure(self, request: web.Request) -> web.Response | None:
@@ -68,6 +69,23 @@ class ModelRest:
         after, limit = request.query.get("after", ""), int(request.query["limit"])
         names = sorted(name for name in self.model.logs if name > after)
         body = {"sessions": [self._info(name) for name in names[:limit]], "has_more": len(names) > limit}
+        return self._failure(request) or web.json_response(body)
+
+    async def inbox(self, request: web.Request) -> web.Response:
+        """GET every session, two a page at the most, as if nothing was read."""
+        after, limit = request.query.get("after", ""), min(int(request.query.get("limit", 2)), 2)
+        names = sorted(name for name in self.model.logs if name > after)
+        shown = [
+            self._info(name)
+            | {
+                "last_read_seq": 0,
+                "unread": self.model.log(name).last_seq,
+                "unread_more": False,
+                "active_at": "2026-01-01T00:00:00Z",
+            }
+            for name in names[:limit]
+        ]
+        body = {"sessions": shown, "next": names[limit - 1] if len(names) > limit else None}
         return self._failure(request) or web.json_response(body)
 
     def _info(self, session_id: str) -> dict[str, Any]:

@@ -71,3 +71,13 @@ async def test_nothing_there_is_not_reachable() -> None:
     async with connect_rest("http://127.0.0.1:1", participant_id="a", settings=FAST) as rest:
         with pytest.raises(NotReachable, match=r"127\.0\.0\.1:1"):
             await rest.session("s")
+
+
+async def test_an_inbox_is_listed_page_by_page() -> None:
+    """`next` of each page asks for the one after it; the participant's id is percent-encoded."""
+    async with phoenix_server() as server, connect_rest(server.url, participant_id="ä b", settings=FAST) as rest:
+        for name in ("a", "b", "c", "d", "e"):
+            await rest.append(name, NewMessage(content="x"))
+        assert [(entry.session_id, entry.unread) async for entry in rest.inbox()] == [(name, 1) for name in "abcde"]
+        page = await rest.inbox_page(after="b", limit=1)
+        assert ([entry.session_id for entry in page.sessions], page.next) == (["c"], "c")

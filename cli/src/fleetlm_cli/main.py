@@ -21,6 +21,7 @@ from fleetlm_cli.archive import archive
 from fleetlm_cli.bench import bench
 from fleetlm_cli.drill import drill
 from fleetlm_cli.exits import Failure
+from fleetlm_cli.inbox import inbox
 from fleetlm_cli.move import move
 from fleetlm_cli.restore import restore
 from fleetlm_cli.ring import ring
@@ -71,6 +72,7 @@ app.command()(up)
 app.command()(append)
 app.command()(tail)
 app.command()(sessions)
+app.command()(inbox)
 app.command()(move)
 app.command()(verify)
 app.add_typer(ring, name="ring")

@@ -33,7 +33,7 @@ from fleetlm_client.events import (
     ReadCursor,
     Reconnected,
 )
-from fleetlm_client.rest import Rest, SessionInfo, SessionPage
+from fleetlm_client.rest import InboxEntry, InboxPage, Rest, SessionInfo, SessionPage
 from fleetlm_client.session import Session
 from fleetlm_client.settings import Settings
 from fleetlm_common.errors import (
@@ -62,6 +62,8 @@ __all__ = [
     "Forbidden",
     "Gap",
     "IdempotencyConflict",
+    "InboxEntry",
+    "InboxPage",
     "Invalid",
     "Joined",
     "Message",

@@ -47,6 +47,29 @@ class SessionPage(msgspec.Struct, frozen=True):
     has_more: bool = False
 
 
+class InboxEntry(msgspec.Struct, frozen=True):
+    """A session as a participant's inbox shows it; times are RFC 3339.
+
+    `unread`: messages after the read cursor that others sent; with `unread_more` there may be more of them.
+    """
+
+    session_id: str
+    last_seq: int
+    last_read_seq: int
+    unread: int
+    unread_more: bool
+    active_at: str
+    inserted_at: str = ""
+    metadata: dict[str, Any] | None = None
+
+
+class InboxPage(msgspec.Struct, frozen=True):
+    """Some sessions of an inbox, newest activity first; `next` asks for the page that follows."""
+
+    sessions: list[InboxEntry]
+    next: str | None = None
+
+
 class _Problem(msgspec.Struct, frozen=True):
     """RFC 9457 problem with FleetLM's fields."""
 
@@ -136,6 +159,31 @@ class Rest:
             if not page.has_more or not page.sessions:
                 return
             after = page.sessions[-1].session_id
+
+    async def inbox_page(self, *, after: str | None = None, limit: int | None = None) -> InboxPage:
+        """A page of this participant's inbox.
+
+        Args:
+            after: `next` of the page before.
+            limit: how many.
+
+        Raises:
+            NotFound: the ring has no archive, which inboxes are answered from.
+        """
+        asked = {"after": after, "limit": None if limit is None else str(limit)}
+        query = {name: value for name, value in asked.items() if value is not None}
+        path = f"/participants/{self._headers['X-Participant-Id']}/inbox"
+        return msgspec.json.decode(await self._request("GET", path, query=query), type=InboxPage)
+
+    async def inbox(self) -> AsyncIterator[InboxEntry]:
+        """Every session of this participant's inbox, page by page; one that becomes active meanwhile may come twice."""
+        page = await self.inbox_page()
+        while True:
+            for entry in page.sessions:
+                yield entry
+            if page.next is None:
+                return
+            page = await self.inbox_page(after=page.next)
 
     async def messages(
         self,
