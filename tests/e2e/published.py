@@ -13,8 +13,11 @@ UPGRADE: Final = "0.1.0-upgraded"
 BAD: Final = "0.1.0-nowhere"
 """A tag that no node has."""
 
-CLUSTER_GOES: Final = "FLEETLM_E2E_CLUSTER_GOES"
-"""Set when the cluster is taken down after the tests: nothing needs to be uninstalled from it one by one."""
+CLUSTER_GOES: Final = "E2E_CLUSTER_GOES"
+"""Set when the cluster is taken down after the tests: nothing needs to be uninstalled from it one by one.
+
+It does not begin as the product's variables do: those that the product does not know it refuses.
+"""
 
 
 def published(target: str, version: str | None = None) -> str:

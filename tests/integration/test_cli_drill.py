@@ -86,6 +86,7 @@ async def test_a_kill_is_made_and_judged(running: Fleet, kind: str) -> None:
     assert (status, json.loads(out)["held"]) == (1, False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["--in-place", "--handover"])
 async def test_a_rolling_restart(running: Fleet, how: str) -> None:
     """Every shard is another process afterwards, and no slot is kept away from one."""
@@ -95,6 +96,7 @@ async def test_a_rolling_restart(running: Fleet, how: str) -> None:
     assert (await FileControlPlane(running.data / "control").read()).spec.cordoned == ()
 
 
+@pytest.mark.long
 async def test_scaling_there_and_back(running: Fleet) -> None:
     """Three shards meanwhile, two afterwards; interrupted, it scales back, says so and gives no verdict."""
     control = FileControlPlane(running.data / "control")

@@ -8,8 +8,11 @@ Must not be done here: how faults work (`disk.py`, `network.py`, `loop.py`, `con
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
+
+from tests.sim.movefaults import MoveFaults
 
 if TYPE_CHECKING:
     from tests.sim.loop import SimProcess
@@ -31,10 +34,13 @@ class Nemesis:
 
     Args:
         world: the run.
+        moves_rng: chance of what is about moves.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, moves_rng: random.Random) -> None:
         self._world = world
+        self._moves_rng = moves_rng
+        self._move_faults = MoveFaults(world, moves_rng)
         rng = world.rng
         table = self._table()
         names = sorted(table)
@@ -47,6 +53,15 @@ class Nemesis:
         self.may_lose = "flip" in self.kinds
         self.duration_s = rng.choice((1.0, 2.0, 4.0, 8.0))
         self.pace_s = rng.choice((0.1, 0.3, 0.8))
+        self._strikes_amid_moves = 0
+        if world.people is not None:
+            self.duration_s = moves_rng.choice((3.0, 5.0, 8.0))
+            self._strikes_amid_moves = moves_rng.choice((0, 1, 1, 2, 4))
+            # Faults at random are fewer: with all of them at once no move comes far.
+            self._acts = self._acts[: moves_rng.randrange(0, 4)]
+            self.kinds = [name for name, _ in self._acts]
+            self.pace_s = max(self.pace_s, moves_rng.choice((0.3, 1.0)))
+            self.may_lose = "flip" in self.kinds
         world.network.latency_s = rng.choice((0.0002, 0.001, 0.01))
         world.network.fragments = rng.choice((0.0, 0.1, 0.6))
         world.trace.add("nemesis", "faults", " ".join(self.kinds))
@@ -85,6 +100,8 @@ class Nemesis:
         """Break things for a while."""
         rng, loop = self._world.rng, self._world.loop
         until_s = loop.time() + self.duration_s
+        for _ in range(self._strikes_amid_moves):
+            self._plot(self._move_faults.plot())
         while loop.time() < until_s:
             await asyncio.sleep(min(rng.expovariate(1 / self.pace_s), max(0.0, until_s - loop.time()) + 0.001))
             self._act()
@@ -115,7 +132,7 @@ class Nemesis:
         world.network.strike_in = None
         world.network.heal()
         world.weather.clear()
-        for shard in world.shards:
+        for shard in [*world.shards, *(world.people.shards_left if world.people is not None else ())]:
             shard.drive.calm()
             shard.when_frozen = None
         for process in list(world.processes):
@@ -130,6 +147,8 @@ class Nemesis:
         world, rng = self._world, self._world.rng
         gateway = rng.choice(world.gateways).name
         other: Node = rng.choice([*world.shards, *world.clients])
+        if world.people is not None and self._moves_rng.random() < 0.3:
+            gateway = self._moves_rng.choice(world.shards).name
         return gateway, other.name
 
     def _kill_shard(self) -> None:

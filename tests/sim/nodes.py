@@ -162,15 +162,36 @@ class ShardNode(Node):
 
     def __init__(self, world: World, name: str, *, capacity_bytes: int = 1 << 40) -> None:
         super().__init__(world, name)
-        volume = SimVolume(capacity_bytes=capacity_bytes, split_writes=world.rng.random() < 0.5)
-        self.drive = Drive(volume, random.Random(world.rng.getrandbits(64)))
-        self.drive.frozen = self._frozen_in_batch
-        self.drive.lose_power = self.power_loss
-        self.drive.usual_latency_s = self.drive.latency_s = world.rng.choice((0.0003, 0.0008, 0.0008, 0.004, 0.02))
+        self.drive = self._new_drive(capacity_bytes)
         self.when_frozen: Callable[[SimProcess], None] | None = None
         self.takeover_s = world.rng.choice((1.5, 1.5, 4.0, 10.0))
         self.shards: dict[str, ShardProcess] = {}
         self.settings: dict[str, Any] = {"hot_bytes_max": 64 * 1024} if world.tight else {}
+        self.settings |= world.shard_settings
+
+    def _new_drive(self, capacity_bytes: int) -> Drive:
+        rng = self.world.rng
+        volume = SimVolume(capacity_bytes=capacity_bytes, split_writes=rng.random() < 0.5)
+        drive = Drive(volume, random.Random(rng.getrandbits(64)))
+        drive.frozen = self._frozen_in_batch
+        drive.lose_power = self.power_loss
+        drive.usual_latency_s = drive.latency_s = rng.choice((0.0003, 0.0008, 0.0008, 0.004, 0.02))
+        return drive
+
+    @property
+    def over(self) -> bool:
+        """Nobody lives on the volume, not even one whom a younger one has followed."""
+        return all(process.dead for process in self.drive.processes.values())
+
+    def give_volume_away(self) -> None:
+        """The next process gets an empty one."""
+        assert self.over, "nobody of before may live"
+        self.drive = self._new_drive(self.drive.volume.capacity_bytes)
+
+    def kill_all(self) -> None:
+        """Every process on the volume, also those that a younger one has followed."""
+        for process in list(self.drive.processes.values()):
+            process.kill()
 
     def boot(self, process: SimProcess) -> None:
         """`python -m fleetlm_shard`."""
@@ -235,7 +256,8 @@ class ShardNode(Node):
 
     def start_younger(self) -> None:
         """A second container on the same volume, while the first is frozen (or not)."""
-        self.start()
+        if not self.stopped:
+            self.start()
 
     def _frozen_in_batch(self, process: SimProcess) -> None:
         """The writer stands still: a younger one may come, and the elder wakes up later."""

@@ -194,6 +194,18 @@ PLANTS: Final = (
         '        """The connection is gone."""\n        self._group = []\n',
     ),
     Plant(
+        "unsealed by a map that still seals",
+        "fleetlm_shard/ownership.py",
+        "frozenset(mine.keys() - fresh.keys() - sealing.keys())",
+        "frozenset(mine.keys() - fresh.keys() - sealing.keys()) | (sealing.keys() & self.held.slots)",
+    ),
+    Plant(
+        "keys that a move brought are not known",
+        "fleetlm_shard/importer.py",
+        "            parts.keys.take(record.session, record.key, known, pos=pos, at_s=parts.clock.monotonic_s())\n",
+        "            pass\n",
+    ),
+    Plant(
         "the SDK forgets that its buffer was full",
         "fleetlm_client/reader.py",
         "            if message.seq != received + 1 or full:\n                self.behind = True\n",

@@ -16,21 +16,22 @@ import random
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 from fleetlm_client.events import CaughtUp, Gap, Message
 from fleetlm_common.control import RingSpec
 from fleetlm_common.errors import FleetError
 from tests.sim.client import SimClient
-from tests.sim.control import Weather
+from tests.sim.control import STEPS, Truth, Weather
 from tests.sim.loop import SimLoop, SimProcess, Stuck
 from tests.sim.nemesis import Nemesis
 from tests.sim.network import Network
 from tests.sim.nodes import ControllerNode, GatewayNode, Node, ShardNode
+from tests.sim.people import People
 from tests.sim.trace import Trace
 from tests.sim.wire import Watch
 from tests.sim.workload import SETTINGS, ClientNode
 from tests.support.history import Entry, History, Violation, canonical
-from tests.support.memorycontrol import MemoryControlPlane
 
 HEAL_S = 90.0
 """Simulated seconds after the faults in which every process must serve again: a takeover of a silent owner's volume
@@ -44,6 +45,8 @@ BRINGUP_S = 30.0
 OWED_S = 15.0
 """More than a gateway's 10 s for an answer."""
 SLOTS = 8
+MOVING = 0.6
+"""Part of the runs in which slots move."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class World:
 
     Attributes:
         tight: bounds are so small that the run meets them: hot state, buffers, pages, outboxes.
+        people: in a run in which slots move: who asks for what. Chance of moves has a generator of its own, so that
+            runs without moves are the same whatever is changed about moves.
     """
 
     def __init__(self, seed: int) -> None:
@@ -77,12 +82,14 @@ class World:
         self.context = contextvars.copy_context()
         self.network = Network(self.loop, random.Random(self.rng.getrandbits(64)), self.trace)
         self.processes: list[SimProcess] = []
-        rng = self.rng
+        rng, moves_rng = self.rng, random.Random(f"moves of {seed}")
         self.tight = rng.random() < 0.3
         shards = rng.choice((1, 2, 2, 3))
-        self.control = MemoryControlPlane(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards))
+        self.control = Truth(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards), self.loop, self.trace)
         self.weather = Weather(random.Random(rng.getrandbits(64)))
         self.sessions = [f"session-{number}" for number in range(rng.choice((1, 2, 3)))]
+        self.people = People(self, moves_rng) if moves_rng.random() < MOVING else None
+        self.shard_settings = _moving_settings(moves_rng) if self.people is not None else {}
         self.shards = [ShardNode(self, f"shard-{number}") for number in range(shards)]
         self.gateways = [GatewayNode(self, f"gateway-{n}", 4000 + n) for n in range(rng.choice((1, 2, 2)))]
         self.controllers = [ControllerNode(self, f"controller-{n}") for n in range(rng.choice((1, 2)))]
@@ -90,7 +97,7 @@ class World:
             ClientNode(self, f"client-{n}", rng.sample(self.sessions, rng.randrange(1, len(self.sessions) + 1)))
             for n in range(rng.choice((1, 2, 3)))
         ]
-        self.nemesis = Nemesis(self)
+        self.nemesis = Nemesis(self, moves_rng)
         self.history = History(gaps_allowed=self.nemesis.may_lose)
         self.loop.executor_delay = self.shards[0].drive.delay_s
 
@@ -112,9 +119,13 @@ class World:
         await self._until(self._serves, BRINGUP_S, "bring-up")
         for client in self.clients:
             client.start()
+        if self.people is not None:
+            self.people.begin()
         await self.nemesis.rage()
         self.trace.add("world", "heal")
         self.nemesis.heal()
+        if self.people is not None:
+            self.people.settle()
         await asyncio.sleep(self.rng.uniform(0.2, 0.8))
         for client in self.clients:
             client.writing = False
@@ -156,7 +167,7 @@ class World:
         for connection in self.network.connections:
             if connection.silent:
                 return f"{connection.name} is half open"
-        return self._serves()
+        return self._serves() or ("" if self.people is None else self.people.at_rest())
 
     def _serves(self) -> str:
         for gateway in self.gateways:
@@ -217,6 +228,11 @@ class World:
         process.kill()
 
 
+def _moving_settings(rng: random.Random) -> dict[str, Any]:
+    """Of shards whose slots move: copies go soon or late, a SIGTERM hands slots over or not."""
+    return {"clean_after_s": rng.choice((0.5, 3.0, 60.0)), "handover_s": rng.choice((0.0, 0.0, 3.0))}
+
+
 async def _read_session(client: SimClient, name: str) -> tuple[list[Entry], list[tuple[int, int]]]:
     entries: list[Entry] = []
     gaps: list[tuple[int, int]] = []
@@ -254,6 +270,7 @@ def run_seed(seed: int) -> Outcome:
                     world.history.broken("unhealed", "", str(error))
             violations = world.history.judge() if not _is_unhealed(world) else world.history.found
             figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
+            figures |= {f"moves {step}": world.control.steps[step] for step in STEPS}
             return Outcome(seed, violations, world.trace.digest(), loop.all_faults(), figures, world.trace)
         finally:
             world.trace.over = True
