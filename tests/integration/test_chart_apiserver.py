@@ -14,8 +14,8 @@ from typing import Final
 import pytest
 import yaml
 
-from fleetlm_common.kubeapi import KubeApi, Object, Resource
-from fleetlm_common.kubenames import SHARD_RINGS
+from fleetlm_common.kubeapi import KubeApi, Object
+from fleetlm_common.kubenames import SHARD_RINGS, Resource
 from fleetlm_operator.resources import DEPLOYMENTS, PODS, ROLE_BINDINGS, SERVICE_ACCOUNTS, SERVICES
 from tests.support.apiserver import CRDS, NAMESPACES, ApiServer, api_server
 from tests.support.helm import CHART, HELMS, HelmError, helm

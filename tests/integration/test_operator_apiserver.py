@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import ApiError, ApiRefused, Object, Resource
+from fleetlm_common.kubeapi import ApiError, ApiRefused, Object
 from fleetlm_common.kubemap import read_ring_map
-from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS, Resource
 from fleetlm_common.ops import Health
 from fleetlm_operator.kubeworld import KubeWorld
 from fleetlm_operator.resources import (

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import pytest
 
-from fleetlm_common.kubeapi import ApiNotFound, Object, Resource
-from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS
+from fleetlm_common.kubeapi import ApiNotFound, Object
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, Resource
 from fleetlm_operator.resources import PODS, ROLE_BINDINGS, ROLES, SERVICE_ACCOUNTS
 from tests.support.apiserver import NAMESPACES, Asked
 from tests.support.helm import rendered

@@ -25,7 +25,8 @@ from typing import Final, NamedTuple
 import aiohttp
 import yaml
 
-from fleetlm_common.kubeapi import KubeApi, Object, Resource
+from fleetlm_common.kubeapi import KubeApi, Object
+from fleetlm_common.kubenames import Resource
 from tests.cluster import paths
 from tests.cluster.binaries import PROGRAMS, build
 

@@ -182,22 +182,6 @@ async def test_verify_of_no_volume_is_usage(tmp_path: Path) -> None:
     assert done.status == 2
 
 
-async def test_every_command_explains_itself() -> None:
-    """`--help` of each; an unknown option is usage."""
-    listed = await fleetlm("--help")
-    commands = ("up", "append", "tail", "sessions", "ring", "move", "verify", "shards", "bench")
-    for command, shown in zip(
-        commands, await asyncio.gather(*(fleetlm(each, "--help") for each in commands)), strict=True
-    ):
-        assert command in listed.out
-        assert shown.status == 0
-        assert f" {command} [OPTIONS]" in shown.out
-    version = await fleetlm("--version")
-    assert (version.status, version.out.split()[0]) == (0, "fleetlm")
-    done = await fleetlm("tail", "s", "--nonsense")
-    assert done.status == 2
-
-
 @pytest.mark.parametrize(
     ("variable", "words"),
     [

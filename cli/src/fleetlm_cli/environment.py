@@ -16,24 +16,25 @@ PREFIX: Final = "FLEETLM_"
 COMPONENTS: Final = ("SHARD", "GATEWAY", "CONTROLLER", "OPERATOR")
 """Parts with variables of their own."""
 
+OPTIONS: Final = frozenset({"FLEETLM_URL", "FLEETLM_PARTICIPANT", "FLEETLM_ARCHIVE_URL_FILE"})
+"""What the options of all commands are read from: a list, so that no command waits for the imports of all."""
 
-def check(names: Iterable[str], *, known: Iterable[str]) -> None:
+
+def check(names: Iterable[str]) -> None:
     """Refuse what nobody reads.
 
     Args:
         names: of the environment.
-        known: variables that options of this command are read from.
 
     Raises:
         Failure: names the variables, and what was probably meant.
     """
     passed = tuple(f"{PREFIX}{component}_" for component in COMPONENTS)
-    readable = set(known)
     unknown = sorted(
-        name for name in names if name.startswith(PREFIX) and name not in readable and not name.startswith(passed)
+        name for name in names if name.startswith(PREFIX) and name not in OPTIONS and not name.startswith(passed)
     )
     if not unknown:
         return
-    meant = difflib.get_close_matches(unknown[0], [*sorted(readable), *passed], n=1)
+    meant = difflib.get_close_matches(unknown[0], [*sorted(OPTIONS), *passed], n=1)
     hint = f"did you mean {meant[0]}{'…' if meant[0] in passed else ''}?" if meant else "unset it"
     raise Failure(f"unknown variable {', '.join(unknown)}: {hint}", status=Exit.CONFIG)

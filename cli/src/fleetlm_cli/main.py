@@ -1,37 +1,65 @@
 """The command `fleetlm`: builds the application from one module a command, and is the only place that ends the process.
 
 Promise: a command that fails says why in one or two sentences on standard error and ends with a documented status;
-no traceback for what the world gets wrong. Must not be done here: the work of any command.
+no traceback for what the world gets wrong; a command does not wait for the imports of the others (`--help` does).
+Must not be done here: the work of any command.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from importlib import metadata
-from typing import Annotated
+from importlib import import_module, metadata
+from typing import Annotated, Final
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
 from fleetlm_cli import environment
-from fleetlm_cli.append import append
-from fleetlm_cli.archive import archive
-from fleetlm_cli.bench import bench
-from fleetlm_cli.drill import drill
 from fleetlm_cli.exits import Failure
-from fleetlm_cli.inbox import inbox
-from fleetlm_cli.move import move
-from fleetlm_cli.restore import restore
-from fleetlm_cli.ring import ring
-from fleetlm_cli.sessions import sessions
-from fleetlm_cli.shards import shards
-from fleetlm_cli.tail import tail
-from fleetlm_cli.up import up
-from fleetlm_cli.verify import verify
+
+COMMANDS: Final = (
+    "up",
+    "append",
+    "tail",
+    "sessions",
+    "inbox",
+    "ring",
+    "move",
+    "shards",
+    "verify",
+    "archive",
+    "bench",
+    "drill",
+)
+"""In the order of the help; each is what the module of its name calls by its name, a function or a group."""
+
+
+class _Commands(TyperGroup):
+    """Imports a command's module when somebody asks for the command."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        """Their names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | TyperGroup | None:
+        """The command, None for an unknown one."""
+        if cmd_name not in COMMANDS:
+            return None
+        app = typer.Typer()
+        found = getattr(import_module(f"fleetlm_cli.{cmd_name}"), cmd_name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=cmd_name)
+        else:
+            app.command(cmd_name)(found)
+        command = get_group(app).commands[cmd_name]
+        assert isinstance(command, TyperCommand | TyperGroup)
+        return command
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="fleetlm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,7 +75,6 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    context: typer.Context,
     *,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and end.")
@@ -55,32 +82,7 @@ def options(
 ) -> None:
     """FleetLM: a durable, ordered, resumable message log for conversations."""
     assert not version
-    environment.check(os.environ, known=_variables(context.command))
-
-
-def _variables(command: object) -> Iterator[str]:
-    """Every variable that an option of `command`, or of one below it, is read from."""
-    for parameter in getattr(command, "params", []):
-        names = parameter.envvar or ()
-        yield from [names] if isinstance(names, str) else names
-    if isinstance(command, TyperGroup):
-        for below in command.commands.values():
-            yield from _variables(below)
-
-
-app.command()(up)
-app.command()(append)
-app.command()(tail)
-app.command()(sessions)
-app.command()(inbox)
-app.command()(move)
-app.command()(verify)
-app.add_typer(ring, name="ring")
-app.add_typer(archive, name="archive")
-shards.command()(restore)
-app.add_typer(shards, name="shards")
-app.add_typer(bench, name="bench")
-app.add_typer(drill, name="drill")
+    environment.check(os.environ)
 
 
 def main() -> None:

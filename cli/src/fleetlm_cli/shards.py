@@ -24,6 +24,7 @@ import typer
 from fleetlm_cli import upfile
 from fleetlm_cli.asking import ask, has_members, is_steady, owns_nothing, wait_until
 from fleetlm_cli.exits import Exit, Failure
+from fleetlm_cli.restore import restore
 from fleetlm_cli.show import Printer
 from fleetlm_cli.target import DATA_DEFAULT, DataOption, JsonOption
 from fleetlm_cli.upfile import UpProcess
@@ -185,3 +186,6 @@ async def is_ready(http: aiohttp.ClientSession, shard: UpProcess) -> bool:
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError):
         return False
+
+
+shards.command()(restore)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
@@ -24,6 +24,8 @@ from kubernetes.aio import config as kube_config
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.client.exceptions import ApiException
+
+from fleetlm_common.kubenames import Resource
 
 Object: TypeAlias = dict[str, Any]
 """A Kubernetes object as JSON. Whoever looks into one converts it to a type of its own first."""
@@ -71,22 +73,6 @@ class ApiExpired(ApiError):
 
 class ApiRefused(ApiError):
     """Not allowed, or invalid; the message is the server's."""
-
-
-class Resource(NamedTuple):
-    """A kind of object and where it lives: `api` is `v1` or group/version."""
-
-    api: str
-    kind: str
-    plural: str
-
-    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
-        """The path below the server's address; without namespace, of all of them."""
-        parts = ["", "api" if "/" not in self.api else "apis", self.api]
-        if namespace is not None:
-            parts += ["namespaces", quote(namespace, safe="")]
-        parts += [part for part in (self.plural, name and quote(name, safe=""), subresource) if part]
-        return "/".join(parts)
 
 
 class Listing(NamedTuple):

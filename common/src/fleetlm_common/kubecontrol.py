@@ -32,8 +32,9 @@ from fleetlm_common.control import (
     replaces,
 )
 from fleetlm_common.ids import Epoch, ShardName
-from fleetlm_common.kubeapi import ApiConflict, ApiError, ApiExpired, KubeApi, Object, Resource
+from fleetlm_common.kubeapi import ApiConflict, ApiError, ApiExpired, KubeApi, Object
 from fleetlm_common.kubemap import read_ring_map, ring_map_spec
+from fleetlm_common.kubenames import Resource
 from fleetlm_common.ring import SHARDS_MAX, RingMap
 
 READ_S: Final = 5.0

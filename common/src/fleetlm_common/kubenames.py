@@ -6,10 +6,27 @@ asking the API server, or deciding anything.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
+from urllib.parse import quote
 
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import Resource
+
+
+class Resource(NamedTuple):
+    """A kind of object and where it lives: `api` is `v1` or group/version."""
+
+    api: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+        """The path below the server's address; without namespace, of all of them."""
+        parts = ["", "api" if "/" not in self.api else "apis", self.api]
+        if namespace is not None:
+            parts += ["namespaces", quote(namespace, safe="")]
+        parts += [part for part in (self.plural, name and quote(name, safe=""), subresource) if part]
+        return "/".join(parts)
+
 
 GROUP: Final = "fleetlm.io"
 API: Final = f"{GROUP}/v1alpha1"

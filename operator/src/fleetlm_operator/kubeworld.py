@@ -17,7 +17,7 @@ import msgspec
 
 from fleetlm_common.control import RingSpec, ShardEndpoint
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import ApiError, ApiExists, ApiNotFound, KubeApi, Object, Resource
+from fleetlm_common.kubeapi import ApiError, ApiExists, ApiNotFound, KubeApi, Object
 from fleetlm_common.kubemap import read_ring_map, ring_map_spec
 from fleetlm_common.kubenames import (
     COMPONENT_LABEL,
@@ -29,6 +29,7 @@ from fleetlm_common.kubenames import (
     RING_LABEL,
     RING_MAPS,
     SHARD_RINGS,
+    Resource,
     credential_secret,
     gateway_workload,
     selector,

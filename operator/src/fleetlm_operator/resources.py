@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from fleetlm_common.kubeapi import Object, Resource
+from fleetlm_common.kubeapi import Object
+from fleetlm_common.kubenames import Resource
 
 STATEFUL_SETS: Final = Resource("apps/v1", "StatefulSet", "statefulsets")
 DEPLOYMENTS: Final = Resource("apps/v1", "Deployment", "deployments")

@@ -19,8 +19,8 @@ from typing import Final
 import msgspec
 
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import Object, Resource
-from fleetlm_common.kubenames import LEASES, MANAGER, MANAGER_LABEL, RING_LABEL, SHARD_RINGS, shard_pod
+from fleetlm_common.kubeapi import Object
+from fleetlm_common.kubenames import LEASES, MANAGER, MANAGER_LABEL, RING_LABEL, SHARD_RINGS, Resource, shard_pod
 from fleetlm_common.ring import RingMap
 from fleetlm_operator import planning
 from fleetlm_operator.manifests import (
