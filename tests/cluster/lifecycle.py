@@ -51,13 +51,12 @@ def load(archive: Path) -> None:
             nodes.load(node, archive)
 
 
-def up(count: int, archives: list[Path], *, helm: bool = False) -> None:
+def up(count: int, archives: list[Path]) -> None:
     """Brings up `count` nodes with the images of `archives`; what a dead run left is removed first.
 
     Args:
         count: of nodes.
         archives: of images; every node gets them.
-        helm: build Helm, too, where it is missing.
 
     Raises:
         ClusterError: one is up already, a tool is missing, or a part did not come up; logs are printed then.
@@ -70,7 +69,7 @@ def up(count: int, archives: list[Path], *, helm: bool = False) -> None:
             kind.up(count, archives)
             return
         _remove()
-        binaries.build([p for p in binaries.PROGRAMS if helm or not p.name.startswith("helm")])
+        binaries.build([p for p in binaries.PROGRAMS if not p.name.startswith("helm")])
         try:
             with Step(f"cluster of {count} nodes"):
                 _bring_up(count, archives)

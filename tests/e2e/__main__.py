@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import images, kind, lifecycle, nodes, paths, processes
+from tests.cluster import binaries, images, kind, lifecycle, nodes, paths, processes
 from tests.cluster.say import ClusterError, Step, say
 from tests.e2e.published import CLUSTER_GOES, UPGRADE, published
 
@@ -37,10 +37,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if not kind.asked():
+        binaries.build()  # Helm, too: `make cluster` does without
     archive = images.archive()
     mine = not lifecycle.is_up()
     if mine:
-        lifecycle.up(3, [archive], helm=True)
+        lifecycle.up(3, [archive])
     try:
         _load(archive.name, fresh=mine)
         return _pytest(arguments, cluster_goes=mine)
