@@ -346,3 +346,47 @@ async def test_slots_of_others_are_moved(tmp_path: Path) -> None:
                 moved += kind == Kind.MOVED
             assert (served + moved, served > 5, moved > 5) == (40, True, True)
             await eventually(lambda: client.other == [], "nothing else is said")
+
+
+COLD_MESSAGES = 60_000
+COLD_BODY_BYTES = 2000
+ANONYMOUS_BYTES_MAX = 32 * 1024 * 1024
+"""By which the shard's own memory may grow (mapped segments are the page cache's); 12 MiB were seen."""
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of the process that is no file's."""
+    [line] = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.timeout(180)
+async def test_what_memory_does_not_hold_is_replayed_in_bounded_memory(tmp_path: Path) -> None:
+    """120 MB of one session from the local log alone, by four readers at once: contiguous, and memory stays flat."""
+    ring = ShardRing(tmp_path)
+    small = {"HOT_BYTES_MAX": str(1024 * 1024), "SEGMENT_BYTES": str(8 * 1024 * 1024)}
+    async with ring.shard(env=small) as shard, await shard.client() as client:
+
+        async def fifty(first: int) -> None:
+            drafts = [draft(f"{number} {'x' * COLD_BODY_BYTES}") for number in range(first, first + 50)]
+            [result] = await client.append_entries("s", rpc.Entry(drafts, None))
+            assert result.error is None
+
+        for first in range(0, COLD_MESSAGES, 500):
+            await asyncio.gather(*(fifty(each) for each in range(first, first + 500, 50)))
+        begin_bytes = peak_bytes = anonymous_bytes(shard.pid)
+
+        async def read_all(reader: RpcClient) -> None:
+            nonlocal peak_bytes
+            after = 0
+            while after < COLD_MESSAGES:
+                page = await reader.read("s", after=after)
+                assert page.gap is None
+                for body in page.messages:
+                    after += 1
+                    assert msgspec.json.decode(body)["seq"] == after
+                peak_bytes = max(peak_bytes, anonymous_bytes(shard.pid))
+
+        async with await shard.client() as b, await shard.client() as c, await shard.client() as d:
+            await asyncio.gather(*map(read_all, (client, b, c, d)))
+        assert peak_bytes - begin_bytes < ANONYMOUS_BYTES_MAX, f"grew by {(peak_bytes - begin_bytes) >> 20} MiB"
