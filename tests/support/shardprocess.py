@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +49,6 @@ class ShardProcess:
     process: asyncio.subprocess.Process
     output: Path
     name: str = "shard-0"
-    clients: list[RpcClient] = field(default_factory=list[RpcClient])
 
     @property
     def pid(self) -> int:
@@ -103,13 +102,11 @@ class ShardProcess:
         Raises:
             FleetError: the shard refused.
         """
-        hello = await self.hello()
-        listening = await self.event("listening")
-        return await RpcClient.connect("127.0.0.1", int(str(listening["port"])), hello)
+        return await RpcClient.connect("127.0.0.1", await self.port(), await self.hello())
 
     async def hello(self) -> rpc.Hello:
-        """A good HELLO, as soon as the shard has announced its volume."""
-        view = await self.ring.announced(self.name)
+        """A good HELLO, as soon as this process (no earlier one of its name) has announced its volume."""
+        view = await self.ring.announced(self.name, port=await self.port())
         epoch = 0 if view.map is None else view.map.epoch
         volume_id = view.shards[ShardName(self.name)].volume_id
         return rpc.Hello(rpc.PROTOCOL, self.ring.uid, self.name, volume_id, "test", SECRET, epoch)
@@ -196,12 +193,13 @@ class ShardRing:
             await shard.wait_reason("Ready")
             yield shard
 
-    async def announced(self, name: str = "shard-0") -> View:
-        """The view once that shard has announced itself."""
+    async def announced(self, name: str = "shard-0", *, port: int | None = None) -> View:
+        """The view once that shard has announced itself; at that port, if one is named."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 view = await self.control.read()
-                if ShardName(name) in view.shards:
+                endpoint = view.shards.get(ShardName(name))
+                if endpoint is not None and port in {None, endpoint.port}:
                     return view
                 await asyncio.sleep(POLL_S)
 

@@ -23,7 +23,7 @@ from fleetlm_shard.volume_types import Fenced
 from tests.support.faults import Op
 from tests.support.logkit import SMALL, message
 from tests.support.simdisk import SimDisk, SimVolume
-from tests.test_shard.test_volume import OURS, Time
+from tests.support.volumes import OURS, Time
 
 
 @dataclass

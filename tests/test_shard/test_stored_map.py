@@ -21,7 +21,7 @@ from fleetlm_shard.volume_types import (
 )
 from tests.support.faults import SimCrash, crash_at, fail_at
 from tests.support.simdisk import SimVolume
-from tests.test_shard.test_volume import OURS, take
+from tests.support.volumes import OURS, take
 
 
 def ring(epoch: int, *, uid: str = "ring-1", volume_id: str = "volume-1") -> RingMap:

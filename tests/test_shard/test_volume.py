@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from fleetlm_common.ids import ShardName, Term
-from fleetlm_common.logs import Level, Value
-from fleetlm_shard.disk import Disk, OsDisk
+from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.identity import read_identity
 from fleetlm_shard.volume import Volume, keep_term, take_volume
 from fleetlm_shard.volume_types import (
@@ -20,7 +18,6 @@ from fleetlm_shard.volume_types import (
     HEARTBEAT_OFFSET,
     Fenced,
     ForeignVolume,
-    Identity,
     TermPaper,
     VolumeFailed,
     VolumeUnreadable,
@@ -31,66 +28,7 @@ from fleetlm_shard.volume_types import (
 from tests.support.explore import drive
 from tests.support.faults import Hook, SimCrash, crash_at, fail_at
 from tests.support.simdisk import SimVolume
-
-OURS = Identity(ring_uid="ring-1", shard=ShardName("shard-0"), volume_id="volume-1")
-
-
-class Time:
-    """A clock that only sleeping moves; `meanwhile` is what others do during a sleep."""
-
-    def __init__(self, meanwhile: Callable[[float], None] = lambda now_s: None, *, rate: float = 1.0) -> None:
-        self.now_s = 0.0
-        self.meanwhile = meanwhile
-        self.rate = rate
-
-    def monotonic_s(self) -> float:
-        return self.now_s
-
-    def now_ms(self) -> int:
-        return 0
-
-    def now_us(self) -> int:
-        return 0
-
-    async def sleep(self, seconds: float) -> None:
-        self.now_s += seconds * self.rate
-        assert self.now_s < 1000, "waited for ever"
-        self.meanwhile(self.now_s)
-
-
-class Events:
-    """Remembers events."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def event(self, name: str, /, *, level: Level = "info", **values: Value) -> None:
-        self.names.append(name)
-
-
-def take(
-    disk: Disk,
-    boot_id: str,
-    *,
-    identity: Identity = OURS,
-    time: Time | None = None,
-    log: Events | None = None,
-    takeover_after_s: float = 10.0,
-) -> Volume:
-    """`take_volume` to its end, in simulated time."""
-    time = time or Time()
-    return drive(
-        take_volume(
-            disk,
-            identity=identity,
-            pod_uid=f"pod-{boot_id}",
-            boot_id=boot_id,
-            clock=time,
-            sleep=time.sleep,
-            log=log,
-            takeover_after_s=takeover_after_s,
-        )
-    )
+from tests.support.volumes import OURS, Events, Time, take
 
 
 def test_an_empty_volume_is_formatted_durably_and_the_first_term_is_1() -> None:

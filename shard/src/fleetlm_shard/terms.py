@@ -21,9 +21,11 @@ from fleetlm_shard.volume_types import (
     LOG_FOLDER,
     Identity,
     TermPaper,
+    decode_paper,
     highest_term,
     leave_path,
     term_file,
+    term_names,
     term_path,
 )
 
@@ -57,7 +59,9 @@ async def take_term(
     """
     while True:
         elder = find_highest_term(disk)
-        if not await _elder_is_gone(disk, elder, clock=clock, sleep=sleep, log=log, takeover_after_s=takeover_after_s):
+        if not await _elder_is_gone(
+            disk, elder, pod_uid=pod_uid, clock=clock, sleep=sleep, log=log, takeover_after_s=takeover_after_s
+        ):
             continue
         paper = TermPaper(
             term=Term(elder + 1),
@@ -83,7 +87,14 @@ def find_highest_term(disk: Disk) -> Term:
 
 
 async def _elder_is_gone(
-    disk: Disk, elder: Term, *, clock: Clock, sleep: Sleep, log: Logger, takeover_after_s: float
+    disk: Disk,
+    elder: Term,
+    *,
+    pod_uid: str,
+    clock: Clock,
+    sleep: Sleep,
+    log: Logger,
+    takeover_after_s: float,
 ) -> bool:
     """Wait for the owner of `elder` to leave or fall silent; False if a younger term appeared meanwhile."""
     try:
@@ -94,10 +105,42 @@ async def _elder_is_gone(
         if file.try_lock():
             return True
         log.event("volume_held", level="warning", term=elder, takeover_after_s=takeover_after_s)
-        _ask_to_leave(disk, elder)
+        if _is_replaced_by(disk, elder, pod_uid):
+            log.event("pod_replaced", level="warning", term=elder)
+        else:
+            _ask_to_leave(disk, elder)
         return await _outwait(disk, elder, file, clock=clock, sleep=sleep, log=log, takeover_after_s=takeover_after_s)
     finally:
         file.close()
+
+
+def _is_replaced_by(disk: Disk, owner: Term, pod_uid: str) -> bool:
+    """Whether the owner's pod came to this volume after ours, so that our pod is on its way out and must not ask.
+
+    A kubelet that was frozen may restart a container of a pod that was replaced long ago: asked by it, the shard that
+    serves would end. Pods have no order of their own; the first term of each gives it. Uids of pods never come back.
+    """
+    owner_pod = _pod_of(disk, term_path(owner))
+    if not pod_uid or not owner_pod or owner_pod == pod_uid:
+        return False
+    for name in term_names(disk.listdir("")):
+        pod = _pod_of(disk, name)
+        if pod in {owner_pod, pod_uid}:
+            return pod == pod_uid
+    return False
+
+
+def _pod_of(disk: Disk, name: str) -> str:
+    """The pod that a term's file names; empty if none, or if a bit of it flipped (it then says nothing)."""
+    file = disk.open(name)
+    try:
+        data = file.pread(HEARTBEAT_OFFSET, 0)
+    finally:
+        file.close()
+    try:
+        return decode_paper(data.rstrip(b"\0"), TermPaper).pod_uid
+    except ValueError:
+        return ""
 
 
 def _ask_to_leave(disk: Disk, elder: Term) -> None:

@@ -34,6 +34,7 @@ IDENTITY: Final = "identity"
 LOG_FOLDER: Final = "log"
 ASIDE_FOLDER: Final = "aside"
 
+_TERM: Final = re.compile(r"term-\d{10,}")
 _TERM_NAMED: Final = re.compile(r"term-(\d{10,})|map-(\d{10,})-\d{10,}\.json")
 _TERM_NAMED_IN_LOG: Final = re.compile(r"(\d{10,})-\d{10,}\.(?:seg|idx|ckpt)|tmp-(\d{10,})-.*")
 _MAP: Final = re.compile(r"map-(\d{10,})-(\d{10,})\.json")
@@ -94,7 +95,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TermPaper(msgspec.Struct, frozen=True, kw_only=True):
-    """Who took a term; for people. The fence needs only the file's name, its lock and its heartbeat."""
+    """Who took a term: for people, and for a taker to know whether the owner's pod replaced its own.
+
+    The fence needs only the file's name, its lock and its heartbeat.
+    """
 
     term: Term
     ring_uid: str
@@ -164,6 +168,11 @@ def heartbeat(count: int) -> bytes:
 def term_path(term: int) -> str:
     """File of a term."""
     return f"term-{term:010d}"
+
+
+def term_names(names: list[str]) -> list[str]:
+    """The terms' files among the names, oldest first."""
+    return sorted((name for name in names if _TERM.fullmatch(name)), key=lambda name: int(name.removeprefix("term-")))
 
 
 def leave_path(term: int) -> str:
