@@ -239,8 +239,10 @@ async def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
                 await client.append(f"s{number % 4}", f"{number} " + "x" * 50_000)
             assert await metric(shard, "archive_failures_total") > 0
             assert await metric(shard, "archive_lag_bytes") > 9_000_000
+            assert await metric(shard, "archive_lag_messages") == 200
             await it.server.start()
             await caught_up(shard)
+            assert await metric(shard, "archive_lag_messages") == 0
             assert sum(map(len, (await it.archived()).values())) == 200
             await shard.wait_reason("Ready")
 

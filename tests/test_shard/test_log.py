@@ -62,6 +62,28 @@ async def test_positions_lead_to_the_records_and_never_come_twice() -> None:
     assert again.log.append(message("s", 40), None) > given[-1]
 
 
+async def test_messages_beyond_a_position_are_counted() -> None:
+    """From the beginning all, from the end none, in between as many as lie there: running, sealed and after a boot."""
+    volume = SimVolume()
+    opened = await open_log(volume.process("p"), 1)
+    places = [opened.log.append(message("s", seq), None) for seq in range(1, 200)]
+    await opened.settle()
+    assert opened.log.stats.rotations > 3
+
+    def check(log: Log) -> None:
+        counts = [log.messages_from(pos) for pos in (0, *places, log.durable_pos)]
+        assert (counts[0], counts[-1]) == (199, 0)
+        for before, count in enumerate(counts[1:-1]):
+            assert abs(count - (199 - before)) <= 1
+
+    check(opened.log)
+    await opened.close()
+    again = await open_log(volume.process("q"), 2)
+    check(again.log)
+    await again.settle()
+    check(again.log)
+
+
 async def test_every_kind_of_record_comes_back() -> None:
     """Records of all types survive a boot unchanged."""
     volume = SimVolume()

@@ -48,6 +48,7 @@ STILL = {
             "archiver_starts_total",
             "archiving",
             "archive_lag_bytes",
+            "archive_lag_messages",
             "archive_lag_seconds",
             "archive_halted_slots",
         )

@@ -41,6 +41,8 @@ class Link:
     index: MemoryIndex | None = None
     index_path: str | None = None
     inserted_at_us_max: int = 0
+    messages: int = 0
+    """This and the field before: what the index says, once it is in a table."""
 
     @property
     def id(self) -> SegmentId:
@@ -51,6 +53,14 @@ class Link:
     def path(self) -> str:
         """Its file."""
         return segment_path(self.id)
+
+
+def messages_from(link: Link, pos: int) -> int:
+    """Messages of a segment at `pos` or beyond, if they lie evenly; never 0 if bytes of it lie there and it has any."""
+    messages = link.messages if link.index is None else link.index.messages
+    size = link.end_pos - link.header.base_pos
+    beyond = min(max(link.end_pos - pos, 0), size)
+    return -(-messages * beyond // size) if size else 0
 
 
 @dataclass(slots=True)
@@ -128,7 +138,7 @@ def open_index(disk: Disk, link: Link, listing: Listing) -> None:
         meta = _index_meta(disk, path)
         if meta is not None and meta.header == link.header and meta.end_pos == link.end_pos:
             link.index_path = path
-            link.inserted_at_us_max = meta.inserted_at_us_max
+            link.inserted_at_us_max, link.messages = meta.inserted_at_us_max, meta.messages
             return
 
 

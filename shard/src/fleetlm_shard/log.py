@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetlm_shard.appender import Appender, Durable
+from fleetlm_shard.chain import messages_from
 from fleetlm_shard.checkpoints import CHECKPOINTS_KEPT, Checkpoint, StoredMeta, write_checkpoint
 from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
@@ -425,7 +426,7 @@ class Log:
                 self._stats.seal_failures += 1
                 self._memory_only.add(link.id)
                 self._background_done(None, error)
-            link.inserted_at_us_max = index.inserted_at_us_max
+            link.inserted_at_us_max, link.messages = index.inserted_at_us_max, index.messages
             self._seal_next()
 
         self._lanes.background.submit(lambda: write_index(disk, temps, link, index, made_in=term, pause=pause), done)
@@ -513,6 +514,10 @@ class Log:
     def places(self) -> list[tuple[SegmentHeader, int]]:
         """Header and end of each segment, oldest first, for readers in other processes; the active one's end is 0."""
         return [*((link.header, link.end_pos) for link in self._sealed), (self._appender.active.header, 0)]
+
+    def messages_from(self, pos: int) -> int:
+        """Messages at `pos` or beyond; of the segment that it lies in, in proportion to the bytes."""
+        return sum(messages_from(link, pos) for link in (*self._sealed, self._appender.active))
 
     @property
     def damage(self) -> Sequence[Damage]:

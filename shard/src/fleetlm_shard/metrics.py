@@ -139,6 +139,11 @@ GAUGES: Final[tuple[tuple[str, str, Number], ...]] = (
     ("disk_free_bytes", "Free space on the volume, as of the last round", lambda s: s.log.stats.free_bytes),
     ("archiving", "1 while the archive takes what it is given", lambda s: _archive(s).state == "Archiving"),
     ("archive_lag_bytes", "Log that is durable and not archived", lambda s: s.archiver.lag_bytes if s.archiver else 0),
+    (
+        "archive_lag_messages",
+        "Messages that are durable and not archived",
+        lambda s: s.archiver.lag_messages if s.archiver else 0,
+    ),
     ("archive_lag_seconds", "Age of the oldest message in the archive's transaction under way", _lag_s),
     ("archive_halted_slots", "Slots with another message in the archive", lambda s: len(_archive(s).halted)),
 )

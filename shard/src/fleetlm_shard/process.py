@@ -277,6 +277,7 @@ class ShardProcess:
         source = Source(
             segments=lambda: [Segment(header, end_pos) for header, end_pos in log.places()],
             durable_pos=lambda: log.durable_pos,
+            messages_from=log.messages_from,
         )
         return Archiver(start=start, source=source, clock=self._outside.clock, events=self._events)
 

@@ -45,6 +45,7 @@ class Source:
 
     segments: Callable[[], list[Segment]]
     durable_pos: Callable[[], int]
+    messages_from: Callable[[int], int]
 
 
 class Archiver:
@@ -84,6 +85,11 @@ class Archiver:
     def lag_bytes(self) -> int:
         """Of the log that is durable and not archived."""
         return max(self._source.durable_pos() - max(self.report.pos, 0), 0)
+
+    @property
+    def lag_messages(self) -> int:
+        """Messages that are durable and not archived; of the segment under way in proportion to its bytes."""
+        return self._source.messages_from(max(self.report.pos, 0))
 
     @property
     def lag_s(self) -> float:
