@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import msgspec
 import pytest
@@ -203,20 +204,63 @@ async def begun_move(rig: Rig, memory: MemoryControlPlane) -> None:
     assert memory.view.map.moves
 
 
+async def sealing_move(rig: Rig, memory: MemoryControlPlane) -> RingMap:
+    """One whose target was ready; returns the map that shows it."""
+    await begun_move(rig, memory)
+    await say(memory, "Ready")
+    assert await rig.controller.step()
+    assert memory.view.map is not None
+    assert {move.state for move in memory.view.map.moves} == {"Sealing"}
+    return memory.view.map
+
+
+async def say(memory: MemoryControlPlane, state: Literal["Ready", "Confirmed"]) -> None:
+    """Each target of a move says that it stands there."""
+    assert memory.view.map is not None
+    for move in memory.view.map.moves:
+        said = memory.view.shards[move.target]
+        others = tuple(each for each in said.moves if each.id != move.id)
+        await memory.announce(msgspec.structs.replace(said, moves=(*others, MoveProgress(move.id, state))))
+
+
+class Overtaken(MemoryControlPlane):
+    """What `overtake` does is done between our look and our swap, once."""
+
+    overtake: Callable[[], Awaitable[None]] | None = None
+
+    async def compare_and_swap(self, *, expected: Epoch | None, new: RingMap) -> None:
+        overtake, self.overtake = self.overtake, None
+        if overtake is not None:
+            await overtake()
+        await super().compare_and_swap(expected=expected, new=new)
+
+
+async def test_a_commit_that_an_abort_overtook_is_none() -> None:
+    """Rule 5: another controller took the seal back, the source writes again: who saw it sealed must not commit."""
+    rig = Rig(memory := Overtaken(SPEC))
+    for ordinal in range(3):
+        await memory.announce(announced(ordinal))
+    assert await rig.controller.step()
+    sealed = await sealing_move(rig, memory)
+    await say(memory, "Confirmed")
+    aborted = msgspec.structs.replace(sealed, epoch=Epoch(sealed.epoch + 1), moves=())
+    memory.overtake = lambda: memory.compare_and_swap(expected=sealed.epoch, new=aborted)
+    assert not await rig.controller.step()
+    assert memory.view.map == aborted
+    ids = {move.id for move in sealed.moves}
+    for _ in range(5):
+        assert await rig.controller.step()
+        assert memory.view.map.ranges == sealed.ranges
+        assert not ids & {move.id for move in memory.view.map.moves}
+
+
 async def test_a_seal_is_timed_by_the_controllers_own_clock(memory: MemoryControlPlane) -> None:
     """It looks again by itself when the time is over, takes the seal back, and counts each step."""
     rig = Rig(memory)
     for ordinal in range(3):
         await memory.announce(announced(ordinal))
     assert await rig.controller.step()
-    await begun_move(rig, memory)
-    assert memory.view.map is not None
-    for move in memory.view.map.moves:
-        said = memory.view.shards[move.target]
-        ready = MoveProgress(move.id, "Ready")
-        await memory.announce(msgspec.structs.replace(said, moves=(*said.moves, ready)))
-    assert await rig.controller.step()
-    assert {move.state for move in memory.view.map.moves} == {"Sealing"}
+    await sealing_move(rig, memory)
     assert await rig.controller.step()
     rig.clock.now_s += SEAL_S_MAX
     assert await rig.controller.step()
