@@ -250,8 +250,10 @@ async def test_a_commit_that_an_abort_overtook_is_none() -> None:
     ids = {move.id for move in sealed.moves}
     for _ in range(5):
         assert await rig.controller.step()
-        assert memory.view.map.ranges == sealed.ranges
-        assert not ids & {move.id for move in memory.view.map.moves}
+        now = memory.view.map
+        assert now is not None
+        assert now.ranges == sealed.ranges
+        assert not ids & {move.id for move in now.moves}
 
 
 async def test_a_seal_is_timed_by_the_controllers_own_clock(memory: MemoryControlPlane) -> None:
@@ -264,6 +266,7 @@ async def test_a_seal_is_timed_by_the_controllers_own_clock(memory: MemoryContro
     assert await rig.controller.step()
     rig.clock.now_s += SEAL_S_MAX
     assert await rig.controller.step()
+    assert memory.view.map is not None
     assert not memory.view.map.moves
     for step in ("begin", "seal", "abort"):
         assert rig.registry.get_sample_value("fleetlm_operator_map_steps_total", {"step": step}) == 2
