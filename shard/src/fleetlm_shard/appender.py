@@ -334,7 +334,7 @@ class Appender:
                 _release(waiters)
                 _release(sync_waiters)
 
-        self._lanes.writer.submit(job.run, done)
+        job.submit(self._lanes, self._loop, done)
 
     def _next_batch(self) -> tuple[_Batch | None, Rotation | None]:
         """The batch for this round; none if it begins a segment that is not prepared yet."""

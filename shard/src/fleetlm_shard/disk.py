@@ -126,6 +126,10 @@ class OsFile:
         """Fdatasync."""
         os.fdatasync(self._fd)
 
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
     def size(self) -> int:
         """Fstat."""
         return os.fstat(self._fd).st_size

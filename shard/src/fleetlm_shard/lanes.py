@@ -1,6 +1,7 @@
 """Threads of the log, as lanes: each does one thing after the other and answers in the event loop.
 
-    writer      batches, syncs, looks: what acknowledgements wait for, and nothing else
+    writer      batches, syncs, looks: what acknowledgements wait for, and nothing else; where the kernel syncs without
+                a thread (`syncs`), new segments only
     preparer    zero-fills the next segment
     background  indexes, checkpoints, deletions
     readers     messages read back
@@ -15,13 +16,20 @@ import asyncio
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+from fleetlm_shard.kernelsync import open_kernel_sync
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from fleetlm_shard.disk import File
 
 T = TypeVar("T")
+Synced = Callable[[BaseException | None], None]
+"""What a sync said: nothing, or its error."""
 
 SLICE_S: Final = 0.0005
 """Longest that background work holds the interpreter: the loop would wait for the switch interval (5 ms) otherwise."""
@@ -38,6 +46,18 @@ class Lane(Protocol):
 
     def close(self) -> None:
         """Take nothing more; what was submitted is still done."""
+        ...
+
+
+class Syncs(Protocol):
+    """Syncs files, one at a time, without a lane."""
+
+    def start(self, file: File, done: Synced) -> bool:
+        """Begin; `done` is called in the loop. False: nothing was begun, a lane must do it."""
+        ...
+
+    def close(self) -> None:
+        """End; a sync that is under way is waited for, blocking, and said."""
         ...
 
 
@@ -106,6 +126,30 @@ class InlineLane:
         """Nothing to end."""
 
 
+class InlineSyncs:
+    """`Syncs` in a callback of the loop. For simulations."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def start(self, file: File, done: Synced) -> bool:
+        """Queue it as a callback."""
+
+        def sync() -> None:
+            try:
+                file.sync()
+            except BaseException as error:  # noqa: BLE001  as in a thread
+                self._loop.call_soon(done, error)
+                return
+            self._loop.call_soon(done, None)
+
+        self._loop.call_soon(sync)
+        return True
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
 def run_on(lane: Lane, work: Callable[[], T], loop: asyncio.AbstractEventLoop) -> asyncio.Future[T]:
     """Do `work` on the lane; the future may be cancelled, the work is done all the same."""
     future: asyncio.Future[T] = loop.create_future()
@@ -131,6 +175,7 @@ class Lanes:
     background: Lane
     readers: Sequence[Lane]
     pause: Callable[[], None]
+    syncs: Syncs | None = None
 
     def all(self) -> list[Lane]:
         """Every lane."""
@@ -140,6 +185,8 @@ class Lanes:
         """End all; blocks until their queues are done."""
         for lane in self.all():
             lane.close()
+        if self.syncs is not None:
+            self.syncs.close()
 
 
 class _Pacer(threading.local):
@@ -156,17 +203,20 @@ class _Pacer(threading.local):
 
 
 def thread_lanes(loop: asyncio.AbstractEventLoop, *, readers: int) -> Lanes:
-    """Lanes with threads."""
+    """Lanes with threads, and syncs by the kernel where it does them."""
     return Lanes(
         writer=ThreadLane(loop, "log-writer"),
         preparer=ThreadLane(loop, "log-preparer"),
         background=ThreadLane(loop, "log-background"),
         readers=[ThreadLane(loop, f"log-reader-{number}") for number in range(readers)],
         pause=_Pacer(),
+        syncs=open_kernel_sync(loop),
     )
 
 
 def inline_lanes(loop: asyncio.AbstractEventLoop) -> Lanes:
     """Lanes without threads, deterministic."""
     lane = InlineLane(loop)
-    return Lanes(writer=lane, preparer=lane, background=lane, readers=[lane], pause=lambda: None)
+    return Lanes(
+        writer=lane, preparer=lane, background=lane, readers=[lane], pause=lambda: None, syncs=InlineSyncs(loop)
+    )

@@ -195,7 +195,9 @@ class ShardProcess:
             self._events.event("boot.refused", level="error", reason=reason, why=str(error))
             return
         self._volume = booted.volume
-        shard = self._make(booted)
+        lanes = self._outside.lanes(self._loop)
+        self._events.event("log.syncs", by="thread" if lanes.syncs is None else "kernel")
+        shard = self._make(booted, lanes)
         shard.log.start()
         if booted.ring is not None:
             await shard.ownership.adopt(booted.ring)
@@ -228,7 +230,7 @@ class ShardProcess:
         self._run("upkeep", shard.upkeep.run())
         self._run("sweep", shard.server.sweep(asyncio.sleep))
 
-    def _make(self, booted: Booted) -> Shard:
+    def _make(self, booted: Booted, lanes: Lanes) -> Shard:
         volume, outside = booted.volume, self._outside
 
         async def store_map(ring: RingMap) -> None:
@@ -251,7 +253,7 @@ class ShardProcess:
                 clock=outside.clock,
                 entropy=outside.entropy,
                 control=outside.control,
-                lanes=outside.lanes(self._loop),
+                lanes=lanes,
                 sleep=asyncio.sleep,
                 events=outside.events,
                 store_map=store_map,

@@ -1,7 +1,8 @@
-"""What the writer lane does for one batch: rotate if need be, write, sync, look (docs/log.md; design §6, "Fence").
+"""One round of the log: rotate if need be, write, sync, look (docs/log.md; design §6, "Fence").
 
-Promise: when `run` returns, the batch is on disk (as the policy says) and after that no younger term was there. Any
-error ends the log: whoever calls never calls again. Must not be done here: forming batches, state (`log.py`).
+Promise: when `done` is called with what was found, the batch is on disk (as the policy says) and after that no younger
+term was there. Any error ends the log: whoever calls never calls again. Must not be done here: forming
+batches, state (`log.py`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING
 from fleetlm_shard.segments import publish
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from fleetlm_shard.disk import Disk, File
+    from fleetlm_shard.lanes import Lanes
     from fleetlm_shard.log_types import Fence
     from fleetlm_shard.segments import Prepared
+
+    Done = Callable[["Finished | None", BaseException | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +48,54 @@ class Job:
     rotation: Rotation | None
     monotonic: Callable[[], float]
 
+    def submit(self, lanes: Lanes, loop: asyncio.AbstractEventLoop, done: Done) -> None:
+        """Do it; `done` is called in the loop, after this has returned.
+
+        The page cache is written to here and now, the disk is waited for elsewhere: by the kernel where it does that,
+        else, and for new segments (files, names, two syncs), by the writer's lane.
+        """
+        if lanes.syncs is None or self.rotation is not None:
+            lanes.writer.submit(self.run, done)
+            return
+        started_s = self.monotonic()
+
+        def synced(error: BaseException | None) -> None:
+            if error is not None:
+                done(None, error)
+                return
+            try:
+                finished = self._look(self.monotonic() - started_s)
+            except BaseException as failed:  # noqa: BLE001  as from a lane: who waits is told
+                done(None, failed)
+                return
+            done(finished, None)
+
+        try:
+            self._write()
+            if not self.sync:
+                loop.call_soon(done, self._look(0.0), None)
+            elif not lanes.syncs.start(self.file, synced):
+                lanes.writer.submit(self.run, done)  # writes the same bytes to the same place once more
+        except BaseException as error:  # noqa: BLE001  as from a lane: who waits is told
+            loop.call_soon(done, None, error)
+
     def run(self) -> Finished:
         """Do it; blocks."""
         if self.rotation is not None:
             self._rotate(self.rotation)
-        if self.data:
-            self.file.pwrite(self.data, self.offset)
+        self._write()
         sync_s = 0.0
         if self.sync:
             started_s = self.monotonic()
             self.file.sync()
             sync_s = self.monotonic() - started_s
+        return self._look(sync_s)
+
+    def _write(self) -> None:
+        if self.data:
+            self.file.pwrite(self.data, self.offset)
+
+    def _look(self, sync_s: float) -> Finished:
         # After the sync and never before: without a younger term now, a younger process will read what is synced.
         self.fence.look()
         return Finished(sync_s, self.disk.free_bytes())
