@@ -106,7 +106,6 @@ async def test_files_are_synced_one_after_the_other(tmp_path: Path) -> None:
 
         assert sync.start(file, again)
         await asyncio.wait_for(ended.wait(), 10)
-        await asyncio.sleep(0.01)
         assert answers == [None] * 100
     file.close()
     assert descriptors() == before
