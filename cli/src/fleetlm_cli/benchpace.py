@@ -39,8 +39,8 @@ class Pace:
         self._ended.set()
 
     def due(self) -> int:
-        """How many should have been sent by now."""
-        return int((time.perf_counter() - self._begin_s) * self._rate)
+        """How many should have been sent by now; the first is due at the start."""
+        return int((time.perf_counter() - self._begin_s) * self._rate) + 1
 
     def due_at_s(self, number: int) -> float:
         """When that one should be sent (0: the first)."""
