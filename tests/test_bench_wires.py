@@ -19,6 +19,7 @@ def shard_wire() -> ShardWire:
     wire = ShardWire("s", hello=rpc.Hello(rpc.PROTOCOL, "ring", "shard-0", "volume", "bench", b"secret", 1))
     welcome = rpc.encode(rpc.Welcome(rpc.PROTOCOL, "shard-0", 1, 1))
     assert wire.greeted(HEADER.pack(len(welcome), Kind.WELCOME, 0) + welcome)
+    wire.requests(3)
     return wire
 
 

@@ -232,7 +232,7 @@ class ShardWire(Wire):
         return b"".join(parts)
 
     def answers(self, data: bytes) -> int:
-        """APPENDED, in the order of the requests."""
+        """APPENDED, of one session in order (a session that must first be looked up is answered after others)."""
         if self._rest:
             data = self._rest + data
         at, end, head, begin, acked = 0, len(data), HEADER.size, self._acked, self._acked
@@ -241,8 +241,8 @@ class ShardWire(Wire):
             stop = at + head + size
             if stop > end:
                 break
-            if kind != Kind.APPENDED or ident != acked:
-                raise PeerError(f"shard: kind {kind}, id {ident} where {acked} was due: {data[at:stop]!r}")
+            if kind != Kind.APPENDED or ident >= self._sent:
+                raise PeerError(f"shard: kind {kind}, id {ident} of {self._sent}: {data[at:stop]!r}")
             acked += 1
             at = stop
         self._rest = data[at:]
