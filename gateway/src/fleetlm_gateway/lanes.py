@@ -73,7 +73,6 @@ class _Lane:
         "ident",
         "in_flight",
         "link",
-        "on_reply",
         "retry",
         "session",
         "size_bytes",
@@ -82,9 +81,8 @@ class _Lane:
         "wakes",
     )
 
-    def __init__(self, session: SessionId, on_reply: Callable[[_Lane, int, bytes], None]) -> None:
+    def __init__(self, session: SessionId) -> None:
         self.session = session
-        self.on_reply = partial(on_reply, self)
         self.waiting: list[_Entry] = []
         self.in_flight: list[_Entry] = []
         self.link: ShardLink | None = None
@@ -139,7 +137,7 @@ class Lanes:
             done(refusal)
             return
         if lane is None:
-            lane = self._lanes[session] = _Lane(session, self._on_reply)
+            lane = self._lanes[session] = _Lane(session)
         now_s = self._loop.time()
         lane.waiting.append(_Entry(rpc.Entry(drafts, expected_seq), size_bytes, now_s + REQUEST_DEADLINE_S, done))
         lane.size_bytes += size_bytes
@@ -184,7 +182,8 @@ class Lanes:
             route = self._router.route(lane.session)
             entries = [entry.entry for entry in batch]
             payload = rpc.encode(rpc.Append(route.epoch, lane.session, entries))
-            lane.ident = route.link.call(_APPEND, payload, lane.on_reply)
+            # Not kept in the lane: a cycle for each append, and the collector would stop everything for all of them.
+            lane.ident = route.link.call(_APPEND, payload, partial(self._on_reply, lane))
         except TryAgain as error:
             self._again(lane, batch, error)
             return
