@@ -29,6 +29,7 @@ from tests.support.fakeshard import (
     draft,
 )
 from tests.support.fastloop import run_fast
+from tests.support.garbage import left_to_the_collector
 from tests.support.gatewayrig import Rig, rig, until
 
 S = SessionId("s")
@@ -92,6 +93,21 @@ def test_what_arrives_meanwhile_is_the_next_request() -> None:
             assert [answers.seq(key) for key in "abcd"] == [1, 2, 3, 4]
             assert len(parts.boundary._lanes) == 0, "an idle lane vanishes"
             assert parts.boundary._lanes.size_bytes == 0
+
+    run_fast(main())
+
+
+def test_an_append_leaves_nothing_to_the_collector() -> None:
+    """A cycle an append was a pause of 20 ms every second and a half at 5,000 appends a second."""
+
+    async def main() -> None:
+        async with rig() as parts:
+            answers = Answers()
+            with left_to_the_collector() as found:
+                for number in range(20):
+                    submit(parts, answers, f"k{number}", session=SessionId(f"s{number % 3}"))
+                    await until(lambda: answers.complete)
+            assert not found
 
     run_fast(main())
 

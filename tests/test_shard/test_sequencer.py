@@ -11,6 +11,7 @@ from fleetlm_common import rpc
 from fleetlm_common.errors import Conflict, Invalid, TooLarge, TryAgain
 from fleetlm_common.limits import BATCH_MESSAGES_MAX
 from fleetlm_common.rpc import Kind
+from tests.support.garbage import left_to_the_collector
 from tests.support.rpcclient import RpcClient, draft, fragment
 from tests.support.shardrig import shard_rig
 from tests.support.simdisk import SimVolume
@@ -25,6 +26,21 @@ async def test_seqs_begin_at_one_and_have_no_hole() -> None:
         assert [[ack.seq for ack in result.acks] for result in results] == [[4], [5, 6]]
         assert [message["content"] for message in await client.read_all("s")] == list("abcdef")
         assert [message["seq"] for message in await client.read_all("s")] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_an_append_leaves_nothing_to_the_collector() -> None:
+    """Nor does a retry, a refusal, a push or a page: what is done with is freed at once."""
+    async with shard_rig() as rig, await rig.client() as client:
+        stream = await client.subscribe("s", after=0)
+        with left_to_the_collector() as found:
+            for number in range(20):
+                await client.append("s", f"{number}", key=f"k{number}")
+                await client.append("s", f"{number}", key=f"k{number}")
+                with pytest.raises(Conflict):
+                    await client.append("s", "late", expected_seq=0)
+                await stream.next()
+                await client.read_all("s")
+        assert not found
 
 
 async def test_a_message_is_what_the_contract_says() -> None:
