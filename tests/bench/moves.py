@@ -75,8 +75,10 @@ class Load:
 
     async def _write(self, session: str, number: int) -> None:
         period_s = WRITERS / RATE
-        async with connect(self.fleet.url, participant_id=f"writer-{number}") as client:
-            joined = client.join(session)
+        async with (
+            connect(self.fleet.url, participant_id=f"writer-{number}") as client,
+            client.join(session) as joined,
+        ):
             due_s = time.perf_counter() + period_s * number / WRITERS
             while self.running:
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
@@ -244,8 +246,7 @@ async def subscribers() -> dict[str, Any]:
         phase, writing = "quiet", True
 
         async def write() -> None:
-            async with connect(running.url, participant_id="writer") as client:
-                joined = client.join(session)
+            async with connect(running.url, participant_id="writer") as client, client.join(session) as joined:
                 while writing:
                     began_s = time.perf_counter()
                     ack = await joined.append("x" * 200)
