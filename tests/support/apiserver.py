@@ -13,12 +13,14 @@ Promise: stopped and started servers keep port, data and identities; what accoun
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import signal
 import socket
 import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -34,6 +36,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 STARTED_S: Final = 90.0
 """A busy machine of two cores needs some 20 s."""
 POLL_S: Final = 0.1
+PORTS: Final = (10_000, 30_000)
 ADMIN: Final = "admin-token"
 NAMESPACES: Final = Resource("v1", "Namespace", "namespaces")
 CRDS: Final = Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions")
@@ -61,12 +64,19 @@ class Asked(NamedTuple):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports that nobody listens on now, all different.
+
+    Below the range from which the kernel gives ports to who asks for any: a connection of another test that leaves
+    this machine's ports in that moment does not take them before their server does, seconds later.
+    """
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.SystemRandom().randrange(*PORTS)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
 
 
 class ApiServer:
