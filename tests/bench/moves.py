@@ -9,6 +9,7 @@ and how long appends took (from when each was due) are said beside the same appe
     idle         half of the slots, 100,000 sessions of one message
     growth       half of the slots, 1,000 and 10,000 and 100,000 sessions of one message
     subscribers  one session with 1,000 sockets that read it, there and back
+    restart      a shard of 512 MiB is restarted in place, and with hand-over
 
 Promise: what was acknowledged is what the sessions hold afterwards, counted; a socket that misses a message of the
 `subscribers` case, or gets one twice, ends with status 1. Must not be used as a correctness test otherwise.
@@ -286,6 +287,49 @@ async def subscribers() -> dict[str, Any]:
         }
 
 
+async def restart() -> dict[str, Any]:
+    """A shard's restart as `fleetlm shards restart` does it, both ways."""
+    names = [f"r-{number}" for number in range(2_000)]
+    report: dict[str, Any] = {}
+    async with ring() as running:
+        wire = await ShardWire.open(running.data)
+        await wire.fill(names, messages=16, size_bytes=16_000)
+        wire.close()
+        for how in ("--in-place", "--handover"):
+            load = Load(running)
+            writing = asyncio.create_task(load.run([f"{how}-{number}" for number in range(WRITERS)]))
+            await asyncio.sleep(QUIET_S)
+            before, began_s = stored(running), time.perf_counter()
+            command = ("shards", "restart", "shard-0", how, "--data", str(running.data))
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "fleetlm_cli.main", *command, stdout=asyncio.subprocess.DEVNULL
+            )
+            if await process.wait():
+                raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+            ended_s = time.perf_counter()
+            load.running = False
+            await writing
+            report[how.removeprefix("--")] = {
+                "seconds": round(ended_s - began_s, 1),
+                "append_ms": {
+                    "quiet": load.between(0.0, began_s),
+                    "meanwhile": load.between(began_s, ended_s),
+                },
+                "volumes_mib": {"before": before, "after": stored(running)},
+            }
+            for name, acked in load.acked.items():
+                await whole(running, name, acked)
+    return report
+
+
+def stored(running: Fleet) -> dict[str, int]:
+    """MiB that each shard's volume takes."""
+    return {
+        name: round(sum(each.stat().st_blocks * 512 for each in (running.data / name).rglob("*")) / 2**20)
+        for name in ("shard-0", "shard-1")
+    }
+
+
 async def run(cases: list[str]) -> dict[str, Any]:
     """Each case, said as it ends."""
     reports: dict[str, Any] = {}
@@ -309,13 +353,15 @@ async def run(cases: list[str]) -> dict[str, Any]:
         say(f"idle-{count}", await case(names, messages=1, size_bytes=100, **half))
     if "subscribers" in cases:
         say("subscribers", await subscribers())
+    if "restart" in cases:
+        say("restart", await restart())
     return reports
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="bytes,slot,growth,subscribers")
+    parser.add_argument("--cases", default="bytes,slot,growth,subscribers,restart")
     parser.add_argument("--json", type=Path, help="write everything there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
