@@ -110,19 +110,40 @@ async def connected(server: ApiServer) -> AsyncGenerator[KubeApi]:
         await api.close()
 
 
-@pytest.fixture(params=HELMS)
-async def site(server: ApiServer, request: pytest.FixtureRequest) -> AsyncGenerator[Site]:
-    """A namespace that takes only `restricted` pods; what the chart keeps of earlier releases is the next one's."""
-    namespace = f"site-{next(_numbers)}-{request.param}"
+@asynccontextmanager
+async def a_site(server: ApiServer, program: str) -> AsyncGenerator[Site]:
+    """A namespace that takes only `restricted` pods."""
+    namespace = f"site-{next(_numbers)}-{program}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     async with connected(server) as api:
         await api.create(NAMESPACES, None, {"metadata": {"name": namespace, "labels": labels}})
-        found = Site(api, server, request.param, namespace)
+        found = Site(api, server, program, namespace)
         await found.take_over()
         try:
             yield found
         finally:
             await found.leave()
+
+
+@pytest.fixture(params=HELMS)
+async def site(server: ApiServer, request: pytest.FixtureRequest) -> AsyncGenerator[Site]:
+    """One where others had a release before: what the chart keeps of it is this one's now."""
+    async with a_site(server, request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def new_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """One where nobody ever had the project's resources."""
+    with api_server(tmp_path_factory.mktemp("apiserver"), controllers=True, crds=False) as found:
+        yield found
+
+
+@pytest.fixture(params=HELMS)
+async def first_site(new_server: ApiServer, request: pytest.FixtureRequest) -> AsyncGenerator[Site]:
+    """The first one of its cluster."""
+    async with a_site(new_server, request.param) as found:
+        yield found
 
 
 def earlier_chart(folder: Path) -> Path:
@@ -136,8 +157,9 @@ def earlier_chart(folder: Path) -> Path:
     return chart
 
 
-async def test_a_release_from_install_to_uninstall(site: Site, tmp_path: Path) -> None:
+async def test_a_release_from_install_to_uninstall(first_site: Site, tmp_path: Path) -> None:
     """Resources are upgraded with the chart, rolled back with it, and kept, with every ring, when it goes."""
+    site = first_site
     said = await site.helm("install", "fleetlm", str(earlier_chart(tmp_path)), "--set", "ring.create=true")
     assert "was left out" in said
     assert "helm upgrade fleetlm" in said
