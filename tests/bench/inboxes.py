@@ -44,6 +44,7 @@ _ENTRY: Final = re.compile(rb'"session_id":"(room-\d+)","last_seq":(\d+)')
 JOIN: Final = b'["1","1","session:room-%d","phx_join",{}]'
 WRITE: Final = b'["1","2","session:room-%d","append",{"content":"hello"}]'
 LEAVE: Final = b'["1","3","session:room-%d","phx_leave",{}]'
+MORE: Final = {"FLEETLM_GATEWAY_SOCKETS": "20000"}
 HEARTBEAT: Final = text_frame(b'[null,"h","phoenix","heartbeat",{}]')
 
 
@@ -107,7 +108,7 @@ async def run(*, sockets: int, rate: float, seconds: float) -> dict[str, Any]:
         server = Postgres(folder / "postgres", log=folder / "log")
         await server.start()
         try:
-            async with fleet(folder / "ring", shards=2, slots=256, archive=server.dsn) as running:
+            async with fleet(folder / "ring", shards=2, slots=256, archive=server.dsn, env=MORE) as running:
                 for first in range(0, sockets, AT_ONCE):
                     numbers = range(first, min(first + AT_ONCE, sockets))
                     for number in numbers:
