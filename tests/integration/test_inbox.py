@@ -1,9 +1,13 @@
-"""Inboxes of a real ring: right counts whoever owns a session, dies, or moves; and the same over the socket."""
+"""Inboxes of a real ring: right counts whoever owns a session, dies, or moves; over REST, socket, SDK, command."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,9 @@ import aiohttp
 import msgspec
 import pytest
 
+import fleetlm_client
+from fleetlm_client import Client, Inbox, InboxPage, Settings
+from tests.support.eventually import eventually
 from tests.support.fleet import Fleet, fleet
 from tests.support.upcommands import fleetlm
 
@@ -23,8 +30,8 @@ Shown = dict[str, tuple[int, int, int]]
 class Truth:
     """Writes by REST, again until it is acknowledged, and remembers what Ann's inbox must show."""
 
-    def __init__(self, running: Fleet, http: aiohttp.ClientSession) -> None:
-        self.url = running.url
+    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+        self.url = url
         self.http = http
         self.random = random.Random(7)
         self.senders: dict[str, list[str]] = {}
@@ -104,7 +111,7 @@ async def test_an_inbox_is_right_whoever_dies_or_moves(tmp_path: Path) -> None:
         fleet(tmp_path / "ring", shards=2, slots=16, archive="embedded") as running,
         aiohttp.ClientSession() as http,
     ):
-        truth, socket = Truth(running, http), Socket()
+        truth, socket = Truth(running.url, http), Socket()
         following = asyncio.create_task(socket.run(running, http))
         for number in range(160):
             if number == 40:
@@ -141,3 +148,105 @@ async def test_an_inbox_is_right_whoever_dies_or_moves(tmp_path: Path) -> None:
         assert [line["active_at"] for line in lines] == sorted((line["active_at"] for line in lines), reverse=True)
         piped = await asyncio.to_thread(fleetlm, *command, "--limit", "1")
         assert piped.stdout.split("\t")[:2] == [lines[0]["session_id"], str(lines[0]["unread"])]
+
+
+class Command:
+    """`fleetlm inbox --follow` of Ann: her inbox as its lines say."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.shown: Shown = {}
+
+    async def read(self) -> None:
+        """Every line until it ends."""
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            told = entries({"sessions": [msgspec.json.decode(line)]})
+            assert not told.items() <= self.shown.items(), f"told twice: {told}"
+            self.shown |= told
+
+
+@asynccontextmanager
+async def command(url: str) -> AsyncGenerator[Command]:
+    """Run it; at the end Ctrl-C ends it without a word."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fleetlm_cli.main", "inbox", "ann", "--follow", "--json", "--url", url,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    running = Command(process)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(running.read())
+            yield running
+            process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(WAIT_S):
+            assert process.stderr is not None
+            assert await process.stderr.read() == b""
+            assert await process.wait() == 130
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+class Sdk:
+    """The SDK's iterator over Ann's inbox."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.shown: Shown = {}
+        self.pages = 0
+
+    async def read(self, inbox: Inbox) -> None:
+        """Every update until it is left."""
+        async for update in inbox:
+            if isinstance(update, InboxPage):
+                self.pages += 1
+                self.shown = entries(msgspec.to_builtins(update))
+            else:
+                self.shown |= entries({"sessions": [msgspec.to_builtins(update)]})
+
+
+@asynccontextmanager
+async def sdk(url: str) -> AsyncGenerator[Sdk]:
+    """Follow with it."""
+    async with (
+        asyncio.TaskGroup() as tasks,
+        fleetlm_client.connect(url, participant_id="ann") as client,
+        client.inbox() as inbox,
+    ):
+        running = Sdk(client)
+        tasks.create_task(running.read(inbox))
+        yield running
+
+
+@pytest.mark.timeout(240)
+async def test_an_inbox_is_followed_while_its_gateway_restarts(tmp_path: Path) -> None:
+    """SDK and command: it drains and is killed while others write elsewhere, and nothing acknowledged stays untold."""
+    async with (
+        fleet(tmp_path / "ring", shards=1, slots=16, gateways=2, archive="embedded") as running,
+        aiohttp.ClientSession() as http,
+    ):
+        url = running.up.process("gateway-1").url
+        assert url is not None
+        truth = Truth(url, http)
+
+        patient = Settings(call_deadline_s=WAIT_S)
+        async with fleetlm_client.connect_rest(url, participant_id="ann", settings=patient) as rest:
+            await rest.inbox_page()  # the archive's tables are there
+        async with sdk(running.url) as by_sdk, command(running.url) as by_command:
+
+            async def told(what: str) -> None:
+                wanted = truth.shown()
+                await eventually(lambda: by_sdk.shown == by_command.shown == wanted, f"told {what}", timeout_s=WAIT_S)
+
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                for _ in range(30):
+                    await truth.step()
+                await told(f"before {number.name}")
+                running.kill("gateway-0", number)
+                for _ in range(30):
+                    await truth.step()
+                await told(f"after {number.name}")
+                await running.wait_ready("gateway-0")
+            assert by_sdk.client.connections == by_sdk.pages == 3

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fleetlm_client.channel import Channel
+from fleetlm_client.backoff import Backoff
 from fleetlm_client.errors import ClientClosed
 from fleetlm_client.link import Link
 from fleetlm_client.session import Session
 from fleetlm_client.settings import Settings
+from fleetlm_client.topic import Topic
 from fleetlm_common.clock import Clock
 from tests.sim.wire import FrameReader, Watch, masked_close, masked_text
 
@@ -89,7 +89,7 @@ class _Stream(asyncio.Protocol):
 
 
 class SimClient:
-    """One participant (`session.Owner`).
+    """One participant (`subscription.Owner`).
 
     Args:
         participant: who speaks; also the name of its machine.
@@ -143,7 +143,7 @@ class SimClient:
         """How many were made."""
         return self._link.connections
 
-    # --- `session.Owner`
+    # --- `subscription.Owner`
 
     def now_s(self) -> float:
         """See `Owner`."""
@@ -153,25 +153,23 @@ class SimClient:
         """See `Owner`."""
         return self._clock.now_ms()
 
-    def new_channel(
-        self, session_id: str, *, cursor: int | None, tail: int | None, wake: Callable[[], None]
-    ) -> Channel:
+    def backoff(self) -> Backoff:
         """See `Owner`."""
-        channel = Channel(
-            session_id, cursor=cursor, tail=tail, settings=self.settings, backoff=self._link.backoff, on_change=wake
-        )
-        self._link.add(channel, self.now_s())
-        self._after_input()
-        return channel
+        return self._link.backoff()
 
-    def pump(self, channel: Channel) -> None:
+    def add(self, topic: Topic) -> None:
         """See `Owner`."""
-        self._link.pump(channel, self.now_s())
+        self._link.add(topic, self.now_s())
         self._after_input()
 
-    def drop(self, channel: Channel) -> None:
+    def pump(self, topic: Topic) -> None:
         """See `Owner`."""
-        self._link.remove(channel, self.now_s())
+        self._link.pump(topic, self.now_s())
+        self._after_input()
+
+    def drop(self, topic: Topic) -> None:
+        """See `Owner`."""
+        self._link.remove(topic, self.now_s())
         self._after_input()
 
     # --- the connection

@@ -18,6 +18,7 @@ Fault = Literal["none", "silence", "try_again", "try_again_done", "answer_lost",
 the answer never sent; `invalid`: refused for good."""
 
 REPLAY_PAGE = 50
+INBOX_LIMIT_MAX = 100
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Log:
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     keys: dict[str, int] = field(default_factory=dict[str, int])
     earliest_seq: int = 1
+    read_seq: int = 0
     frames: int = 0
 
     @property
@@ -42,6 +44,7 @@ class Model:
         self.logs: dict[str, Log] = {}
         self.sockets: list[ModelSocket] = []
         self.explains_gaps = True
+        self.archived = True
 
     def log(self, session_id: str) -> Log:
         """A session; made when it is named."""
@@ -55,6 +58,15 @@ class Model:
     def trim(self, session_id: str, earliest_seq: int) -> None:
         """Forget what lies below."""
         self.log(session_id).earliest_seq = earliest_seq
+
+    def mark_read(self, session_id: str, seq: int) -> None:
+        """Every inbox's participant has read up to `seq`."""
+        self.log(session_id).read_seq = seq
+        self._push_inboxes(session_id)
+
+    def _push_inboxes(self, session_id: str) -> None:
+        for socket in self.sockets:
+            socket.push_inbox("session", self.inbox_entry(session_id))
 
     def append(
         self, session_id: str, drafts: list[dict[str, Any]], *, sender: str, expected_seq: int | None
@@ -78,6 +90,7 @@ class Model:
                 self._store(session_id, key, draft, sender)
             for socket in self.sockets:
                 socket.push_live(session_id, log.messages[first - 1 :])
+            self._push_inboxes(session_id)
         return [
             {"seq": seq, "id": f"id-{seq}", "inserted_at": "2026-01-01T00:00:00Z", "deduped": deduped}
             for seq in (log.keys[key] for key in keys)
@@ -111,6 +124,26 @@ class Model:
             page["gap"] = gap_body(log, after + 1)
         return page
 
+    def inbox_entry(self, session_id: str) -> dict[str, Any]:
+        """A session as inboxes show it: to the model everybody takes part, and others wrote all of it."""
+        log = self.log(session_id)
+        return {
+            "session_id": session_id,
+            "last_seq": log.last_seq,
+            "last_read_seq": log.read_seq,
+            "unread": log.last_seq - log.read_seq,
+            "unread_more": False,
+            "active_at": "2026-01-01T00:00:00Z",
+            "inserted_at": "2026-01-01T00:00:00Z",
+            "metadata": {},
+        }
+
+    def inbox(self, *, after: str = "", limit: int) -> dict[str, Any]:
+        """A page of an inbox, by name: the model has no time."""
+        names = sorted(name for name in self.logs if name > after)
+        following = names[limit - 1] if len(names) > limit else None
+        return {"sessions": [self.inbox_entry(name) for name in names[:limit]], "next": following}
+
 
 def gap_body(log: Log, from_seq: int) -> dict[str, Any]:
     """A gap from `from_seq` to the earliest."""
@@ -142,6 +175,7 @@ class ModelSocket:
         self.out: deque[str] = deque()
         self.received: list[list[Any]] = []
         self.joins: dict[str, tuple[str, int]] = {}
+        self.inbox_ref: str | None = None
         self._model = model
         self._participant = participant
         self._fault = fault or _no_fault
@@ -167,6 +201,9 @@ class ModelSocket:
         if fault in {"try_again", "invalid"}:
             self._refuse(frame, fault)
             return
+        if topic.startswith("inbox:"):
+            self._on_inbox(frame)
+            return
         answer = self._do(topic.removeprefix("session:"), event, payload, ref)
         if fault == "try_again_done":
             self._refuse(frame, "try_again")
@@ -175,6 +212,29 @@ class ModelSocket:
             self.emit(frame[0], ref, topic, "phx_reply", {"status": "error" if is_error else "ok", "response": answer})
             if event == "phx_join" and not is_error:
                 self._after_join(topic.removeprefix("session:"), payload)
+
+    def _on_inbox(self, frame: list[Any]) -> None:
+        _, ref, topic, event, payload = frame
+        answer: dict[str, Any] = {}
+        if event == "phx_leave":
+            self.inbox_ref = None
+        elif topic != f"inbox:{self._participant}":
+            answer = {"code": "FORBIDDEN", "reason": "forbidden", "message": "its own inbox only", "field": "topic"}
+        elif payload.get("limit", 1) > INBOX_LIMIT_MAX:
+            answer = {"code": "INVALID", "reason": "invalid", "message": "1 to 100", "field": "limit"}
+        elif not self._model.archived:
+            answer = {"code": "NOT_FOUND", "reason": "no_archive", "message": "this ring has no archive"}
+        else:
+            self.inbox_ref, answer = ref, {"participant_id": self._participant}
+        status = "error" if "code" in answer else "ok"
+        self.emit(frame[0], ref, topic, "phx_reply", {"status": status, "response": answer})
+        if event == "phx_join" and status == "ok":
+            self.push_inbox("sessions", self._model.inbox(limit=payload.get("limit", INBOX_LIMIT_MAX)))
+
+    def push_inbox(self, event: str, payload: dict[str, Any]) -> None:
+        """Push to the inbox of this socket if it is joined."""
+        if self.inbox_ref is not None:
+            self.emit(self.inbox_ref, None, f"inbox:{self._participant}", event, payload)
 
     def _do(self, session_id: str, event: str, payload: dict[str, Any], ref: str) -> dict[str, Any]:
         log = self._model.log(session_id)

@@ -72,20 +72,9 @@ class ModelRest:
         return self._failure(request) or web.json_response(body)
 
     async def inbox(self, request: web.Request) -> web.Response:
-        """GET every session, two a page at the most, as if nothing was read."""
+        """GET every session, two a page at the most."""
         after, limit = request.query.get("after", ""), min(int(request.query.get("limit", 2)), 2)
-        names = sorted(name for name in self.model.logs if name > after)
-        shown = [
-            self._info(name)
-            | {
-                "last_read_seq": 0,
-                "unread": self.model.log(name).last_seq,
-                "unread_more": False,
-                "active_at": "2026-01-01T00:00:00Z",
-            }
-            for name in names[:limit]
-        ]
-        body = {"sessions": shown, "next": names[limit - 1] if len(names) > limit else None}
+        body = self.model.inbox(after=after, limit=limit)
         return self._failure(request) or web.json_response(body)
 
     def _info(self, session_id: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""append, tail, sessions and verify as people and scripts run them: real processes against a model of a gateway."""
+"""append, tail, sessions, inbox and verify as people and scripts run them: real processes, a model of a gateway."""
 
 from __future__ import annotations
 
@@ -171,6 +171,54 @@ async def test_sessions_are_listed(server: PhoenixServer) -> None:
     assert "\x1b" not in listed.out
     listed = await fleetlm("sessions", "--json", "--limit", "2", url=server.url)
     assert [line["session_id"] for line in listed.lines] == ["a", "b"]
+
+
+async def test_an_inbox_is_listed(server: PhoenixServer) -> None:
+    """Of whom is named, first or by `--as`; tabs in a pipe, JSON lines when asked for."""
+    for name in ("a\x1b", "b", "c"):
+        server.model.add(name, [1, 2])
+    listed = await fleetlm("inbox", "ann", url=server.url)
+    assert listed.out == "".join(f"{name}\t2\t2\t2026-01-01T00:00:00Z\n" for name in ("a\\u001b", "b", "c"))
+    listed = await fleetlm("inbox", "--as", "ann", "--json", "--limit", "1", url=server.url)
+    assert [(line["session_id"], line["unread"]) for line in listed.lines] == [("a\x1b", 2)]
+    assert [headers["X-Participant-Id"] for headers in server.rest.headers] == ["ann"] * 3
+
+
+async def test_an_inbox_is_followed_through_a_lost_connection_and_ends_at_ctrl_c(server: PhoenixServer) -> None:
+    """The listing's lines, then one for each session that changes, none twice; Ctrl-C ends with status 130."""
+    server.model.add("a\x1b", [1])
+    server.model.add("b", [1])
+    process = await start("inbox", "ann", "--follow", url=server.url)
+    assert process.stdout is not None
+    assert process.stderr is not None
+
+    async def columns(lines: int) -> list[list[bytes]]:
+        assert process.stdout is not None
+        return [(await process.stdout.readline()).split(b"\t")[:3] for _ in range(lines)]
+
+    async with asyncio.timeout(30):
+        assert await columns(2) == [[b"a\\u001b", b"1", b"1"], [b"b", b"1", b"1"]]
+        await server.add("b", [2])
+        assert await columns(1) == [[b"b", b"2", b"2"]]
+        server.model.mark_read("b", 2)  # and nobody is told of it
+        server.model.add("c", [1])
+        await server.cut()
+        assert await columns(2) == [[b"b", b"0", b"2"], [b"c", b"1", b"1"]]
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+        assert await process.stdout.read() == b""
+        assert await process.stderr.read() == b""
+
+
+async def test_following_an_inbox_is_refused_in_words(server: PhoenixServer) -> None:
+    """A limit that the server does not have, a ring without an archive: status 4, and the field."""
+    done = await fleetlm("inbox", "ann", "--follow", "--limit", "101", url=server.url)
+    assert (done.status, done.out) == (4, "")
+    assert "(field limit)" in done.err
+    server.model.archived = False
+    done = await fleetlm("inbox", "ann", "--follow", url=server.url)
+    assert (done.status, done.out) == (4, "")
+    assert "NOT_FOUND no_archive" in done.err
 
 
 async def test_verify_of_no_volume_is_usage(tmp_path: Path) -> None:

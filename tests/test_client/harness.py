@@ -9,6 +9,7 @@ from typing import Any
 from fleetlm_client.channel import Channel
 from fleetlm_client.drafts import Fragment, NewMessage, fragment, fragments
 from fleetlm_client.events import Ack, Event
+from fleetlm_client.inboxchannel import InboxChannel
 from fleetlm_client.link import Link
 from fleetlm_client.outbox import Append
 from fleetlm_client.settings import Settings
@@ -50,6 +51,14 @@ class Harness:
         )
         self.link.add(channel, self.now_s)
         return channel
+
+    def inbox(self, participant_id: str = "alice", *, limit: int | None = None) -> InboxChannel:
+        """Join an inbox; the model's socket is Alice's."""
+        inbox = InboxChannel(
+            participant_id, limit=limit, settings=self.settings, backoff=self.link.backoff, on_change=lambda: None
+        )
+        self.link.add(inbox, self.now_s)
+        return inbox
 
     def append(
         self,

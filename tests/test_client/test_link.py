@@ -142,6 +142,19 @@ def test_calls_survive_a_lost_connection_and_end_at_their_deadline() -> None:
     assert isinstance(results[1], TryAgain)
 
 
+def test_leaving_ends_calls() -> None:
+    """Who waits for a page of a session that is left is told, now and not at the deadline."""
+    harness = Harness(fault=lambda event: "silence" if event == "replay" else "none")
+    channel = harness.channel()
+    harness.settle()
+    results: list[object] = []
+    channel.call(Call(event="replay", payload=b'{"after":0}', deadline_s=harness.now_s + 60, done=results.append))
+    harness.link.pump(channel, harness.now_s)
+    harness.settle()
+    harness.link.remove(channel, harness.now_s)
+    assert [type(result) for result in results] == [TryAgain]
+
+
 def test_calls_are_bounded() -> None:
     """Too many unanswered calls of a session are refused at once."""
     harness = Harness(settings=Settings(calls_max=2))

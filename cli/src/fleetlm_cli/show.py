@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from fleetlm_client import Ack, CaughtUp, Draining, Event, Gap, Message, ReadCursor, SessionInfo
+from fleetlm_client import Ack, CaughtUp, Draining, Event, Gap, InboxEntry, Message, ReadCursor, SessionInfo
 
 _SENDER_STYLES = {"human": "bold cyan", "agent": "bold magenta", "system": "bold yellow"}
 
@@ -33,6 +33,11 @@ def content_text(content: Any) -> str:
     if isinstance(content, dict) and set(content) == {"text"} and isinstance(content["text"], str):
         return printable(content["text"])
     return printable(msgspec.json.encode(content).decode())
+
+
+def unread_text(entry: InboxEntry) -> str:
+    """How many messages are unread; `1000+`: that many were counted, and there is more."""
+    return f"{entry.unread}+" if entry.unread_more else str(entry.unread)
 
 
 class Printer:
@@ -74,6 +79,14 @@ class Printer:
             self.record(msgspec.to_builtins(session))
             return
         columns = (printable(session.session_id), session.last_seq, session.earliest_seq, session.inserted_at)
+        self.line("\t".join(map(str, columns)))
+
+    def entry(self, entry: InboxEntry) -> None:
+        """A session of an inbox; four columns parted by tabs when it is not JSON."""
+        if self._as_json:
+            self.record(msgspec.to_builtins(entry))
+            return
+        columns = (printable(entry.session_id), unread_text(entry), entry.last_seq, entry.active_at)
         self.line("\t".join(map(str, columns)))
 
     def event(self, event: Event) -> None:

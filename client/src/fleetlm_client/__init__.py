@@ -27,13 +27,17 @@ from fleetlm_client.events import (
     Draining,
     Event,
     Gap,
+    InboxEntry,
+    InboxPage,
+    InboxUpdate,
     Joined,
     Message,
     Page,
     ReadCursor,
     Reconnected,
 )
-from fleetlm_client.rest import InboxEntry, InboxPage, Rest, SessionInfo, SessionPage
+from fleetlm_client.inbox import Inbox
+from fleetlm_client.rest import Rest, SessionInfo, SessionPage
 from fleetlm_client.session import Session
 from fleetlm_client.settings import Settings
 from fleetlm_common.errors import (
@@ -62,8 +66,10 @@ __all__ = [
     "Forbidden",
     "Gap",
     "IdempotencyConflict",
+    "Inbox",
     "InboxEntry",
     "InboxPage",
+    "InboxUpdate",
     "Invalid",
     "Joined",
     "Message",

@@ -1,11 +1,10 @@
-"""One session over one connection after another: join state, reader, outbox and calls. Pure.
+"""One session over one connection after another: reader, outbox and calls on a `Topic`. Pure.
 
-    away ──connected──▶ joining ──ok──▶ joined
-      ▲                   │ TRY_AGAIN       │ phx_error, phx_close, overflow of a replay
-      └────disconnected───┴──▶ waiting ◀────┘        any ──refused for good──▶ failed
+A reader that overflows in the middle of a replay makes it join again, for live messages only.
 
 Promise: after each loss the session is joined again at what the reader holds, then unacknowledged appends are sent
-again in order; each call and append ends. Must not be done here: sockets, refs (the `Link` owns them).
+again in order; each call and append ends. Must not be done here: sockets, refs (the `Link` owns them), when to join
+(`topic.py`).
 """
 
 from __future__ import annotations
@@ -14,20 +13,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
 
 import msgspec
 
 from fleetlm_client.backoff import Backoff
 from fleetlm_client.events import Draining, Joined, Reconnected
 from fleetlm_client.frames import (
-    EMPTY,
-    TOPIC_PREFIX,
+    SESSION_PREFIX,
     Frame,
     JoinPayload,
     Reply,
     decode_caught_up,
-    decode_draining,
     decode_error,
     decode_gap,
     decode_joined,
@@ -39,23 +35,8 @@ from fleetlm_client.frames import (
 from fleetlm_client.outbox import Append, Outbox
 from fleetlm_client.reader import Reader
 from fleetlm_client.settings import Settings
+from fleetlm_client.topic import Sender, Topic, told_wait_s
 from fleetlm_common.errors import FleetError, Invalid, Rejected, TryAgain, from_body
-
-State = Literal["away", "joining", "joined", "waiting", "failed", "left"]
-ReplyTo = Callable[[Reply, float], None]
-"""Takes a reply and the time (monotonic seconds)."""
-
-
-class Sender(Protocol):
-    """What a channel needs of its link."""
-
-    def send(self, channel: Channel, event: str, payload: bytes, reply_to: ReplyTo) -> str:
-        """Queue a frame of that channel; its reply goes to `reply_to`. Returns the ref."""
-        ...
-
-    def on_draining(self, retry_after_ms: int, now_s: float) -> None:
-        """The gateway says that it is leaving."""
-        ...
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -72,7 +53,7 @@ class Call:
     last_error: FleetError | None = None
 
 
-class Channel:
+class Channel(Topic):
     """One session.
 
     Args:
@@ -81,7 +62,7 @@ class Channel:
         tail: begin with the last n messages.
         settings: bounds and times.
         backoff: makes waits.
-        on_change: called when the reader may have events, the join was answered, or there is room again.
+        on_change: see `Topic`.
     """
 
     def __init__(
@@ -94,12 +75,8 @@ class Channel:
         backoff: Callable[[], Backoff],
         on_change: Callable[[], None],
     ) -> None:
-        self.session_id = session_id
-        self.topic = TOPIC_PREFIX + session_id
-        self.state: State = "away"
-        self.join_ref: str | None = None
+        super().__init__(SESSION_PREFIX + session_id, backoff=backoff(), on_change=on_change)
         self.joined: Joined | None = None
-        self.error: FleetError | None = None
         self.reader = Reader(
             cursor=cursor,
             messages_max=settings.buffer_messages_max,
@@ -111,34 +88,23 @@ class Channel:
         )
         self._tail = tail
         self._settings = settings
-        self._backoff = backoff()
         self._page_backoff = backoff()
-        self._on_change = on_change
         self._calls: deque[Call] = deque()
-        self._rejoin_at_s = 0.0
         self._lost = False
         self._live_only = False
+        self._replays = False
         self._caught_up = False
         self._paging = False
         self._page_not_before_s = 0.0
 
     # --- the link's calls
 
-    def on_connected(self) -> None:
-        """A new connection stands."""
-        if self.state in {"away", "waiting", "joining", "joined"}:
-            self.state = "waiting"
-            self._rejoin_at_s = 0.0
-
     def on_disconnected(self) -> None:
         """The connection is gone."""
-        if self.state not in {"failed", "left"}:
-            self._forget_flights()
-            self._lost = self.joined is not None
-            self.state = "away"
+        super().on_disconnected()
+        self._lost = self.was_joined
 
-    def on_push(self, frame: Frame, now_s: float, link: Sender) -> None:
-        """A frame that is no reply."""
+    def _take_push(self, frame: Frame) -> None:
         reader = self.reader
         payload = frame.payload
         match frame.event:
@@ -151,22 +117,17 @@ class Channel:
                 reader.on_gap(decode_gap(payload))
             case "read":
                 reader.tell(decode_read(payload))
-            case "draining":
-                retry_after_ms = decode_draining(payload).retry_after_ms
-                reader.tell_state(Draining(retry_after_ms))
-                link.on_draining(retry_after_ms, now_s)
-            case "phx_error" | "phx_close" if self.state in {"joined", "joining"}:
-                self._rejoin_later(now_s, at_least_s=0.0)
             case _:
-                return  # events of a newer server are not ours to judge
-        self._on_change()
+                pass
+
+    def _leaving(self, retry_after_ms: int) -> None:
+        self.reader.tell_state(Draining(retry_after_ms))
 
     def pump(self, now_s: float, link: Sender) -> None:
         """Send whatever may be sent now, end what is past its deadline."""
         self.outbox.expire(now_s)
         self._expire_calls(now_s)
-        if self.state == "waiting" and now_s >= self._rejoin_at_s:
-            self._join(link)
+        super().pump(now_s, link)
         if self.state != "joined":
             return
         if self.reader.behind and not self._caught_up and not self._live_only:
@@ -190,8 +151,9 @@ class Channel:
         deadline_s = self.outbox.deadline_at_s()
         if deadline_s is not None:
             times.append(deadline_s)
-        if self.state == "waiting":
-            times.append(self._rejoin_at_s)
+        rejoin_at_s = super().next_at_s()
+        if rejoin_at_s is not None:
+            times.append(rejoin_at_s)
         if self.state == "joined":
             retry_s = self.outbox.retry_at_s()
             if retry_s is not None:
@@ -201,19 +163,13 @@ class Channel:
                 times.append(self._page_not_before_s)
         return min(times) if times else None
 
-    def fail(self, error: FleetError) -> None:
-        """The session cannot go on: every waiter is told why."""
-        if self.state in {"failed", "left"}:
-            return
-        self.state = "failed"
-        self.error = error
+    def _end(self, error: FleetError) -> None:
         self.outbox.fail_all(error)
         for call in self._calls:
             if not call.finished:
                 call.finished = True
                 call.done(error)
         self._calls.clear()
-        self._on_change()
 
     # --- the owner's calls
 
@@ -248,8 +204,7 @@ class Channel:
 
     # --- joining
 
-    def _join(self, link: Sender) -> None:
-        self.state = "joining"
+    def _join_payload(self) -> bytes:
         self._caught_up = False
         reader = self.reader
         if self._live_only:
@@ -258,50 +213,29 @@ class Channel:
             payload = JoinPayload(cursor=reader.received_seq)
         else:
             payload = JoinPayload(tail=self._tail)
-        replays = payload.cursor is not None or payload.tail is not None
-        self.join_ref = link.send(self, "phx_join", encode_json(payload), partial(self._join_answered, replays))
+        self._replays = payload.cursor is not None or payload.tail is not None
+        return encode_json(payload)
 
-    def _join_answered(self, replays: bool, reply: Reply, now_s: float) -> None:
-        if reply.status == "ok":
-            self._join_ok(decode_joined(reply.response), replays=replays)
-            return
-        error = from_body(decode_error(reply.response))
-        if isinstance(error, Rejected):
-            self.fail(error)
-            return
-        self._rejoin_later(now_s, at_least_s=_told_wait_s(error))
-
-    def _join_ok(self, joined: Joined, *, replays: bool) -> None:
+    def _take_join(self, response: msgspec.Raw) -> None:
+        joined = decode_joined(response)
         reader = self.reader
         if reader.received_seq is not None and joined.last_seq < reader.received_seq:
-            self.fail(
-                Invalid(
-                    f"cursor {reader.received_seq} is beyond last_seq {joined.last_seq}: this ring does not hold what"
-                    " this client has seen",
-                    reason="cursor_ahead",
-                    field="cursor",
-                    last_seq=joined.last_seq,
-                )
+            raise Invalid(
+                f"cursor {reader.received_seq} is beyond last_seq {joined.last_seq}: this ring does not hold what"
+                " this client has seen",
+                reason="cursor_ahead",
+                field="cursor",
+                last_seq=joined.last_seq,
             )
-            return
-        self.state = "joined"
         self.joined = joined
-        self._backoff.reset()
-        reader.on_joined(last_seq=joined.last_seq, replays=replays, tail=self._tail is not None)
+        reader.on_joined(last_seq=joined.last_seq, replays=self._replays, tail=self._tail is not None)
         if self._lost:
             reader.tell_state(Reconnected(reader.cursor))
         self._lost = self._live_only = False
-        self._caught_up = self._caught_up or not replays
-        self._on_change()
-
-    def _rejoin_later(self, now_s: float, *, at_least_s: float) -> None:
-        self._forget_flights()
-        self.state = "waiting"
-        self._rejoin_at_s = now_s + self._backoff.next_s(at_least_s)
+        self._caught_up = self._caught_up or not self._replays
 
     def _forget_flights(self) -> None:
-        """Replies to what was sent may never come: it will be sent again."""
-        self.join_ref = None
+        super()._forget_flights()
         self.outbox.on_lost()
         self._paging = False
         for call in self._calls:
@@ -332,7 +266,7 @@ class Channel:
         if isinstance(error, Rejected):
             self.fail(error)
             return
-        self._page_not_before_s = now_s + self._page_backoff.next_s(_told_wait_s(error))
+        self._page_not_before_s = now_s + self._page_backoff.next_s(told_wait_s(error))
 
     # --- calls
 
@@ -345,7 +279,7 @@ class Channel:
             error = from_body(decode_error(reply.response))
             if not isinstance(error, Rejected):
                 call.last_error = error
-                call.not_before_s = now_s + self._page_backoff.next_s(_told_wait_s(error))
+                call.not_before_s = now_s + self._page_backoff.next_s(told_wait_s(error))
                 return
             self._end_call(call, error)
             return
@@ -368,20 +302,3 @@ class Channel:
         if call in self._calls:
             self._calls.remove(call)
         call.done(result)
-
-    def leave(self, link: Sender) -> None:
-        """Say goodbye; unacknowledged appends end in `OutcomeUnknown` or `NotSent`."""
-        if self.state == "joined":
-            link.send(self, "phx_leave", EMPTY, _ignore_reply)
-        if self.state != "failed":
-            self.outbox.fail_all(TryAgain("the session was left", reason="unavailable"))
-        self.state = "left"
-
-
-def _ignore_reply(reply: Reply, now_s: float) -> None:
-    """Nobody waits for it."""
-
-
-def _told_wait_s(error: FleetError) -> float:
-    """How long the server asked to wait."""
-    return error.retry_after_ms / 1000 if isinstance(error, TryAgain) else 0.0

@@ -1,4 +1,4 @@
-"""The asyncio shell: one WebSocket for a participant, sessions over it.
+"""The asyncio shell: one WebSocket for a participant, sessions and its inbox over it.
 
     async with fleetlm_client.connect(url, participant_id="alice") as client:
         async with client.join("s1", cursor=0) as session:
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -23,13 +23,15 @@ from typing import Self
 import aiohttp
 
 from fleetlm_client.address import parse
-from fleetlm_client.channel import Channel
+from fleetlm_client.backoff import Backoff
 from fleetlm_client.errors import ClientClosed, NotReachable
 from fleetlm_client.events import SenderKind
+from fleetlm_client.inbox import Inbox
 from fleetlm_client.link import Link
 from fleetlm_client.rest import Rest
 from fleetlm_client.session import Session
 from fleetlm_client.settings import Settings
+from fleetlm_client.topic import Topic
 from fleetlm_common.clock import Clock, SystemClock
 from fleetlm_common.errors import Forbidden, Invalid, NotFound, Unauthenticated
 from fleetlm_common.ids import checked_id
@@ -122,7 +124,7 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connection and end every session; may be called twice."""
+        """Close the connection and end every session and inbox; may be called twice."""
         self._link.fail(ClientClosed())
         if self._timer is not None:
             self._timer.cancel()
@@ -157,6 +159,21 @@ class Client:
             raise Invalid("tail must be 0 or more", field="tail")
         return Session(session_id, cursor=cursor, tail=tail, owner=self, settings=self._settings, entropy=self._entropy)
 
+    def inbox(self, participant_id: str | None = None, *, limit: int | None = None) -> Inbox:
+        """A participant's inbox, joined when it is entered (`async with`); needs a ring with an archive.
+
+        Args:
+            participant_id: whose; this client's own when not given. Servers refuse that of somebody else.
+            limit: sessions of a page; the server's most when not given.
+
+        Raises:
+            Invalid: names the argument.
+        """
+        whose = self._participant[0] if participant_id is None else checked_id(participant_id, "participant_id")
+        if limit is not None and limit < 1:
+            raise Invalid("limit must be 1 or more", field="limit")
+        return Inbox(whose, limit=limit, owner=self, settings=self._settings)
+
     @property
     def rest(self) -> Rest:
         """The REST API with this client's participant: sessions without a socket.
@@ -180,7 +197,7 @@ class Client:
         """How many connections were made so far; more than one means that it reconnected."""
         return self._link.connections
 
-    # --- what sessions need (`session.Owner`)
+    # --- what subscriptions need (`subscription.Owner`)
 
     def now_s(self) -> float:
         """Monotonic seconds."""
@@ -190,30 +207,23 @@ class Client:
         """Milliseconds since 1970."""
         return self._clock.now_ms()
 
-    def new_channel(
-        self, session_id: str, *, cursor: int | None, tail: int | None, wake: Callable[[], None]
-    ) -> Channel:
-        """A channel of this client's link."""
-        channel = Channel(
-            session_id,
-            cursor=cursor,
-            tail=tail,
-            settings=self._settings,
-            backoff=self._link.backoff,
-            on_change=wake,
-        )
-        self._link.add(channel, self.now_s())
-        self._after_input()
-        return channel
+    def backoff(self) -> Backoff:
+        """A counter of failures."""
+        return self._link.backoff()
 
-    def pump(self, channel: Channel) -> None:
-        """The session was given something to do."""
-        self._link.pump(channel, self.now_s())
+    def add(self, topic: Topic) -> None:
+        """Join the topic."""
+        self._link.add(topic, self.now_s())
         self._after_input()
 
-    def drop(self, channel: Channel) -> None:
-        """Leave the session."""
-        self._link.remove(channel, self.now_s())
+    def pump(self, topic: Topic) -> None:
+        """The topic was given something to do."""
+        self._link.pump(topic, self.now_s())
+        self._after_input()
+
+    def drop(self, topic: Topic) -> None:
+        """Leave the topic."""
+        self._link.remove(topic, self.now_s())
         self._after_input()
 
     @property

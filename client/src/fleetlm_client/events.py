@@ -1,4 +1,4 @@
-"""What a session hands to its reader, and what an append is answered with: plain values.
+"""What sessions and inboxes hand to their readers, and what an append is answered with: plain values.
 
 Promise: between two `Message`s there is never a hole in `seq` without a `Gap` that says so.
 Must not be done here: anything that knows connections.
@@ -96,3 +96,30 @@ class Joined(msgspec.Struct, frozen=True):
     epoch: int
     last_seq: int
     earliest_seq: int
+
+
+class InboxEntry(msgspec.Struct, frozen=True):
+    """A session as a participant's inbox shows it; times are RFC 3339.
+
+    `unread`: messages after the read cursor that others sent; with `unread_more` there may be more of them.
+    """
+
+    session_id: str
+    last_seq: int
+    last_read_seq: int
+    unread: int
+    unread_more: bool
+    active_at: str
+    inserted_at: str = ""
+    metadata: dict[str, Any] | None = None
+
+
+class InboxPage(msgspec.Struct, frozen=True):
+    """Some sessions of an inbox, newest activity first; `next` asks REST for the page that follows."""
+
+    sessions: list[InboxEntry]
+    next: str | None = None
+
+
+InboxUpdate = InboxPage | InboxEntry
+"""What iterating an inbox yields: its newest sessions, which replace whatever was known, or one as it is now."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import msgspec
 
-from fleetlm_client.events import Ack, CaughtUp, Gap, Joined, Message, Page, ReadCursor
+from fleetlm_client.events import Ack, CaughtUp, Gap, InboxEntry, InboxPage, Joined, Message, Page, ReadCursor
 from fleetlm_common.errors import ErrorBody
 
 PHOENIX_TOPIC = "phoenix"
-TOPIC_PREFIX = "session:"
+SESSION_PREFIX = "session:"
+INBOX_PREFIX = "inbox:"
 EMPTY = b"{}"
 
 
@@ -68,6 +69,8 @@ decode_acks = msgspec.json.Decoder(Acks).decode
 decode_page = msgspec.json.Decoder(Page).decode
 decode_joined = msgspec.json.Decoder(Joined).decode
 decode_last_read = msgspec.json.Decoder(LastRead).decode
+decode_inbox_page = msgspec.json.Decoder(InboxPage).decode
+decode_inbox_entry = msgspec.json.Decoder(InboxEntry).decode
 decode_error = msgspec.json.Decoder(ErrorBody).decode
 
 _encode = msgspec.json.Encoder().encode
@@ -83,6 +86,12 @@ class JoinPayload(msgspec.Struct, frozen=True, omit_defaults=True):
 
     cursor: int | None = None
     tail: int | None = None
+
+
+class InboxJoinPayload(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How many sessions a page has; the server's most when not given."""
+
+    limit: int | None = None
 
 
 def encode_json(value: object) -> bytes:

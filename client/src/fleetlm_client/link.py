@@ -1,4 +1,4 @@
-"""One client's connection as a state machine, and the sessions that share it: pure, no sockets, no clock of its own.
+"""One client's connection as a state machine, and the topics that share it: pure, no sockets, no clock of its own.
 
     down ──should_connect──▶ connecting ──▶ up ──lost, half open, draining──▶ down (after a random wait)
                                                 └─ close code 4500–4999, 401, 403 ──▶ failed
@@ -7,7 +7,7 @@ The owner (`client.py`, or a simulator) performs what it says: connects when `sh
 closes when `wants_close`, and calls `received`, `disconnected` and, at `next_at_s`, `tick`.
 
 Promise: every request is answered, or the connection is given up; a lost connection is made again with full jitter.
-Must not be done here: I/O, and anything about the meaning of a session's frames (`channel.py`).
+Must not be done here: I/O, and anything about the meaning of a topic's frames (`topic.py` and its kinds).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Literal
 import msgspec
 
 from fleetlm_client.backoff import Backoff
-from fleetlm_client.channel import Channel, ReplyTo
 from fleetlm_client.errors import ConnectionRefused, ProtocolMismatch
 from fleetlm_client.frames import PHOENIX_TOPIC, Frame, decode_frame, decode_reply, encode_frame
 from fleetlm_client.settings import Settings
+from fleetlm_client.topic import ReplyTo, Topic
 from fleetlm_common.errors import FleetError
 
 State = Literal["down", "connecting", "up", "failed"]
@@ -37,7 +37,7 @@ UNREADABLE_MAX = 3
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    channel: Channel
+    topic: Topic
     reply_to: ReplyTo
     sent_s: float
     join_ref: str | None
@@ -74,8 +74,8 @@ class Link:
         self._now_s = 0.0
         self._outgoing: list[str] = []
         self._pending: dict[str, _Pending] = {}
-        self._channels: dict[str, Channel] = {}
-        self._timers: list[tuple[float, int, Channel]] = []
+        self._topics: dict[str, Topic] = {}
+        self._timers: list[tuple[float, int, Topic]] = []
         self._wake_at_s: dict[str, float] = {}
         self._timer_count = 0
 
@@ -84,53 +84,53 @@ class Link:
         settings = self._settings
         return Backoff(base_s=settings.backoff_base_s, cap_s=settings.backoff_cap_s, entropy=self._entropy)
 
-    # --- sessions
+    # --- topics
 
-    def add(self, channel: Channel, now_s: float) -> None:
-        """Take a session; it is joined as soon as there is a connection.
+    def add(self, topic: Topic, now_s: float) -> None:
+        """Take a topic; it is joined as soon as there is a connection.
 
         Raises:
             FleetError: the link has failed for good.
-            ValueError: this session is joined on this client already, or too many are.
+            ValueError: it is joined on this client already, or too many are.
         """
         if self.error is not None:
             raise self.error
-        if channel.topic in self._channels:
-            raise ValueError(f"session {channel.session_id!r} is joined on this client already")
-        if len(self._channels) >= self._settings.sessions_max:
-            raise ValueError(f"{self._settings.sessions_max} sessions are joined on this client (sessions_max)")
-        self._channels[channel.topic] = channel
+        if topic.name in self._topics:
+            raise ValueError(f"{topic.name!r} is joined on this client already")
+        if len(self._topics) >= self._settings.sessions_max:
+            raise ValueError(f"{self._settings.sessions_max} topics are joined on this client (sessions_max)")
+        self._topics[topic.name] = topic
         if self.state == "up":
-            channel.on_connected()
-        self.pump(channel, now_s)
+            topic.on_connected()
+        self.pump(topic, now_s)
 
-    def remove(self, channel: Channel, now_s: float) -> None:
-        """Leave a session."""
+    def remove(self, topic: Topic, now_s: float) -> None:
+        """Leave a topic."""
         self._now_s = now_s
-        if self._channels.get(channel.topic) is channel:
-            channel.leave(self)
-            del self._channels[channel.topic]
-            self._wake_at_s.pop(channel.topic, None)
+        if self._topics.get(topic.name) is topic:
+            topic.leave(self)
+            del self._topics[topic.name]
+            self._wake_at_s.pop(topic.name, None)
 
-    def pump(self, channel: Channel, now_s: float) -> None:
-        """Let a session send what it may; call it after giving it something to do."""
+    def pump(self, topic: Topic, now_s: float) -> None:
+        """Let a topic send what it may; call it after giving it something to do."""
         self._now_s = now_s
-        channel.pump(now_s, self)
-        at_s = channel.next_at_s()
-        topic = channel.topic
-        if at_s is not None and at_s < self._wake_at_s.get(topic, float("inf")) and topic in self._channels:
-            self._wake_at_s[topic] = at_s
+        topic.pump(now_s, self)
+        at_s = topic.next_at_s()
+        name = topic.name
+        if at_s is not None and at_s < self._wake_at_s.get(name, float("inf")) and name in self._topics:
+            self._wake_at_s[name] = at_s
             self._timer_count += 1
-            heapq.heappush(self._timers, (at_s, self._timer_count, channel))
+            heapq.heappush(self._timers, (at_s, self._timer_count, topic))
 
-    # --- what channels ask (`Sender`)
+    # --- what topics ask (`Sender`)
 
-    def send(self, channel: Channel, event: str, payload: bytes, reply_to: ReplyTo) -> str:
+    def send(self, topic: Topic, event: str, payload: bytes, reply_to: ReplyTo) -> str:
         """Queue a frame; see `Sender`."""
         ref = self._next_ref()
-        join_ref = ref if event == "phx_join" else channel.join_ref
-        self._pending[ref] = _Pending(channel, reply_to, self._now_s, join_ref)
-        self._outgoing.append(encode_frame(join_ref, ref, channel.topic, event, payload))
+        join_ref = ref if event == "phx_join" else topic.join_ref
+        self._pending[ref] = _Pending(topic, reply_to, self._now_s, join_ref)
+        self._outgoing.append(encode_frame(join_ref, ref, topic.name, event, payload))
         return ref
 
     def on_draining(self, retry_after_ms: int, now_s: float) -> None:
@@ -158,9 +158,9 @@ class Link:
         self.connections += 1
         self._connected_s = now_s
         self._heard_s = self._heartbeat_s = now_s
-        for channel in list(self._channels.values()):
-            channel.on_connected()
-            self.pump(channel, now_s)
+        for topic in list(self._topics.values()):
+            topic.on_connected()
+            self.pump(topic, now_s)
 
     def connect_failed(self, now_s: float, *, retry_after_s: float = 0.0) -> None:
         """No connection could be made."""
@@ -186,17 +186,17 @@ class Link:
         if lived_s >= self._settings.backoff_cap_s:
             self._unreadable = 0
         self._connect_at_s = now_s if planned else now_s + self._backoff.next_s(_retry_after_s(reason))
-        for channel in self._channels.values():
-            channel.on_disconnected()
+        for topic in self._topics.values():
+            topic.on_disconnected()
 
     def fail(self, error: FleetError) -> None:
-        """Nothing more can be done: every session is told; the first error counts."""
+        """Nothing more can be done: every topic is told; the first error counts."""
         if self.state == "failed":
             return
         self.state = "failed"
         self.error = error
-        for channel in list(self._channels.values()):
-            channel.fail(error)
+        for topic in list(self._topics.values()):
+            topic.fail(error)
 
     def received(self, text: str | bytes, now_s: float) -> None:
         """A text frame arrived."""
@@ -215,11 +215,11 @@ class Link:
         if frame.event == "phx_reply":
             self._on_reply(frame, now_s)
             return
-        channel = self._channels.get(frame.topic)
-        if channel is None or channel.join_ref is None or frame.join_ref not in {None, channel.join_ref}:
+        topic = self._topics.get(frame.topic)
+        if topic is None or topic.join_ref is None or frame.join_ref not in {None, topic.join_ref}:
             return  # of a join that this client has given up
-        channel.on_push(frame, now_s, self)
-        self.pump(channel, now_s)
+        topic.on_push(frame, now_s, self)
+        self.pump(topic, now_s)
 
     def _on_reply(self, frame: Frame, now_s: float) -> None:
         if frame.ref == self._heartbeat_ref:
@@ -229,7 +229,7 @@ class Link:
         if pending is None or not _is_current(pending):
             return
         pending.reply_to(decode_reply(frame.payload), now_s)
-        self.pump(pending.channel, now_s)
+        self.pump(pending.topic, now_s)
 
     @property
     def has_outgoing(self) -> bool:
@@ -248,10 +248,10 @@ class Link:
         self._now_s = now_s
         timers = self._timers
         while timers and timers[0][0] <= now_s:
-            at_s, _, channel = heapq.heappop(timers)
-            if self._wake_at_s.get(channel.topic) == at_s and self._channels.get(channel.topic) is channel:
-                del self._wake_at_s[channel.topic]
-                self.pump(channel, now_s)
+            at_s, _, topic = heapq.heappop(timers)
+            if self._wake_at_s.get(topic.name) == at_s and self._topics.get(topic.name) is topic:
+                del self._wake_at_s[topic.name]
+                self.pump(topic, now_s)
         if self.state == "up":
             self._tick_connection(now_s)
 
@@ -301,8 +301,8 @@ class Link:
 
 
 def _is_current(pending: _Pending) -> bool:
-    """Whether the session still waits for it: a rejoin on the same connection forgets what was sent before."""
-    return pending.join_ref is not None and pending.join_ref == pending.channel.join_ref
+    """Whether the topic still waits for it: a rejoin on the same connection forgets what was sent before."""
+    return pending.join_ref is not None and pending.join_ref == pending.topic.join_ref
 
 
 def _retry_after_s(reason: str) -> float:

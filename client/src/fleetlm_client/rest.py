@@ -20,7 +20,7 @@ from fleetlm_client.address import Address
 from fleetlm_client.backoff import Backoff
 from fleetlm_client.drafts import NewMessage, fragment
 from fleetlm_client.errors import NotReachable, OutcomeUnknown
-from fleetlm_client.events import Ack, Page
+from fleetlm_client.events import Ack, InboxEntry, InboxPage, Page
 from fleetlm_client.frames import encode_json
 from fleetlm_client.settings import Settings
 from fleetlm_common.clock import Clock
@@ -45,29 +45,6 @@ class SessionPage(msgspec.Struct, frozen=True):
 
     sessions: list[SessionInfo]
     has_more: bool = False
-
-
-class InboxEntry(msgspec.Struct, frozen=True):
-    """A session as a participant's inbox shows it; times are RFC 3339.
-
-    `unread`: messages after the read cursor that others sent; with `unread_more` there may be more of them.
-    """
-
-    session_id: str
-    last_seq: int
-    last_read_seq: int
-    unread: int
-    unread_more: bool
-    active_at: str
-    inserted_at: str = ""
-    metadata: dict[str, Any] | None = None
-
-
-class InboxPage(msgspec.Struct, frozen=True):
-    """Some sessions of an inbox, newest activity first; `next` asks for the page that follows."""
-
-    sessions: list[InboxEntry]
-    next: str | None = None
 
 
 class _Problem(msgspec.Struct, frozen=True):

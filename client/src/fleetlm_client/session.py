@@ -10,38 +10,24 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from fleetlm_client.channel import Call, Channel
 from fleetlm_client.drafts import Fragment, NewMessage, fragment, fragments
-from fleetlm_client.errors import ClientClosed, NotReachable, NotSent
+from fleetlm_client.errors import NotSent
 from fleetlm_client.events import Ack, Event, Joined, Page
 from fleetlm_client.frames import decode_last_read, decode_page, encode_json
 from fleetlm_client.outbox import Append, Done
 from fleetlm_client.settings import Settings
+from fleetlm_client.subscription import Owner, Subscription, raise_if_failed
 from fleetlm_common.errors import FleetError, Invalid, TryAgain
 
 T = TypeVar("T")
 
 
-class Owner(Protocol):
-    """What a session needs of its client."""
-
-    def now_s(self) -> float: ...  # noqa: D102 - see Client
-    def now_ms(self) -> int: ...  # noqa: D102
-    def new_channel(  # noqa: D102
-        self, session_id: str, *, cursor: int | None, tail: int | None, wake: Callable[[], None]
-    ) -> Channel: ...
-    def pump(self, channel: Channel) -> None: ...  # noqa: D102
-    def drop(self, channel: Channel) -> None: ...  # noqa: D102
-    @property
-    def last_failure(self) -> str: ...  # noqa: D102
-
-
-class Session:
+class Session(Subscription[Channel, Event]):
     """Made by `Client.join`; enter it with `async with`, iterate it with `async for`."""
 
     def __init__(
@@ -54,61 +40,22 @@ class Session:
         settings: Settings,
         entropy: random.Random,
     ) -> None:
+        super().__init__(owner=owner, settings=settings)
         self.session_id = session_id
         self._begin = (cursor, tail)
-        self._owner = owner
-        self._settings = settings
         self._entropy = entropy
-        self._channel: Channel | None = None
-        self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
-        self._reading = False
-        self._closed = False
 
-    # --- life
-
-    async def __aenter__(self) -> Self:
-        """Join.
-
-        Raises:
-            FleetError: refused (for example `Invalid` `cursor_ahead`), or not answered within `connect_deadline_s`.
-        """
+    def _make(self, on_change: Callable[[], None]) -> Channel:
         cursor, tail = self._begin
-        channel = self._channel = self._owner.new_channel(
-            self.session_id, cursor=cursor, tail=tail, wake=self._changed.set
+        return Channel(
+            self.session_id,
+            cursor=cursor,
+            tail=tail,
+            settings=self._settings,
+            backoff=self._owner.backoff,
+            on_change=on_change,
         )
-        try:
-            async with asyncio.timeout(self._settings.connect_deadline_s):
-                while channel.joined is None:
-                    _raise_if_failed(channel)
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError as error:
-            self._owner.drop(channel)
-            raise NotReachable(f"{self.session_id!r} was not joined in time: {self._owner.last_failure}") from error
-        except BaseException:
-            self._owner.drop(channel)
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave."""
-        self.close()
-
-    def close(self) -> None:
-        """Leave; appends that are not acknowledged end in `OutcomeUnknown` or `NotSent`. May be called twice."""
-        if self._channel is not None and not self._closed:
-            self._owner.drop(self._channel)
-        self._closed = True
-        self._changed.set()
-
-    @property
-    def _open(self) -> Channel:
-        if self._channel is None or self._closed:
-            raise ClientClosed("the session is not open: use `async with client.join(…) as session`")
-        return self._channel
 
     # --- state
 
@@ -238,8 +185,8 @@ class Session:
         return append, future
 
     def _cancelled(self, append: Append) -> None:
-        if self._channel is not None:
-            self._channel.outbox.cancel(append)
+        if self._topic is not None:
+            self._topic.outbox.cancel(append)
             self._changed.set()
 
     async def _room_for(self, append: Append) -> None:
@@ -249,7 +196,7 @@ class Session:
         try:
             async with asyncio.timeout(append.deadline_s - self._owner.now_s()):
                 while not outbox.has_room(len(append.fragments), append.size_bytes):
-                    _raise_if_failed(self._open)
+                    raise_if_failed(self._open)
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as error:
@@ -262,36 +209,11 @@ class Session:
 
     # --- reading
 
-    def __aiter__(self) -> Self:
-        """Iterate events; one iteration at a time."""
-        return self
-
-    async def __anext__(self) -> Event:
-        """The next event.
-
-        Raises:
-            FleetError: the session cannot go on (refused, or the client was closed by the server for good).
-            RuntimeError: somebody else iterates at the same time.
-        """
-        if self._reading:
-            raise RuntimeError(f"session {self.session_id!r} is iterated twice at the same time")
-        self._reading = True
-        try:
-            while True:
-                if self._closed:
-                    raise StopAsyncIteration
-                channel = self._open
-                event = channel.reader.take()
-                if event is not None:
-                    if channel.reader.behind:
-                        self._owner.pump(channel)
-                    return event
-                if channel.error is not None:
-                    _raise_unless_closed(channel.error)
-                self._changed.clear()
-                await self._changed.wait()
-        finally:
-            self._reading = False
+    def _take(self, topic: Channel) -> Event | None:
+        event = topic.reader.take()
+        if event is not None and topic.reader.behind:
+            self._owner.pump(topic)
+        return event
 
     async def replay(
         self,
@@ -373,14 +295,3 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
     """A future of `submit` that nobody awaits is the caller's choice, not a warning at shutdown."""
     if not future.cancelled():
         future.exception()
-
-
-def _raise_if_failed(channel: Channel) -> None:
-    if channel.error is not None:
-        raise channel.error
-
-
-def _raise_unless_closed(error: FleetError) -> None:
-    if isinstance(error, ClientClosed):
-        raise StopAsyncIteration
-    raise error

@@ -34,15 +34,16 @@ class Settings:
     outbox_bytes_max: int = 16 * 1024 * 1024
     """The same in bytes of JSON."""
     buffer_messages_max: int = 2_000
-    """Events received and not yet taken; past it live pushes are dropped and read again at the reader's pace."""
+    """Events received and not yet taken (of an inbox: sessions that changed); past it live pushes are dropped and read
+    again at the reader's pace."""
     buffer_bytes_max: int = 8 * 1024 * 1024
-    """The same in bytes of JSON."""
+    """The same in bytes of JSON, of a session (what an inbox shows of one is some 10 KiB at the most)."""
     page_messages: int = 500
     """Messages of one page while the reader is behind; must be at most half of `buffer_messages_max`."""
     calls_max: int = 256
     """`replay` and `mark_read` requests of a session that wait for an answer."""
     sessions_max: int = 1_000
-    """Sessions joined over one client's socket (gateways have a bound of their own)."""
+    """Sessions and inboxes joined over one client's socket (gateways have a bound of their own)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
