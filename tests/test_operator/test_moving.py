@@ -198,6 +198,57 @@ def test_a_target_that_gives_up_is_believed() -> None:
     assert counts(ring) == {"shard-0": 12, "shard-1": 12}
 
 
+def test_a_target_that_gives_up_again_and_again_is_said_to_stall_with_its_reason() -> None:
+    """After ten seconds, like a copy that does not get on; with the reason also when nothing can be tried any more."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    target = ring.shards[name(1)]
+
+    def fail() -> None:
+        until(ring, controller, lambda found: bool(found.moves))
+        target.failed.add(the_map(ring).moves[0].id)
+        step(ring, controller)
+        assert not the_map(ring).moves
+
+    fail()
+    failed_s = ring.now_s
+    why = "shard-1 gave it up: disk_full"
+    while ring.now_s < failed_s + moving.STALLED_S:
+        assert controller.look().reason == "Moving"
+        assert f" and waits: {why}" in controller.look().sentence
+        again_s = controller.look().again_s
+        assert again_s is not None
+        ring.now_s += again_s
+        if controller.look().new_map is not None:
+            fail()
+    assert ring.now_s == failed_s + moving.STALLED_S
+    assert controller.look().reason == "MoveStalled"
+    assert f"shard-0 to shard-1 does not get on: it failed 4 times: {why}" in controller.look().sentence
+    target.stop()
+    ring.now_s += BACKOFF_MAX_S
+    assert controller.look().new_map is None
+    assert f"does not get on: it failed 4 times: {why}" in controller.look().sentence
+    assert "waiting for shard-1 to become ready" in controller.look().sentence
+    target.start()
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+    assert not controller.memory.failures
+
+
+def test_a_failure_of_what_nobody_wants_any_more_is_forgotten() -> None:
+    """Wanted again, it is tried at once, and is no stall."""
+    ring, controller = ring_of(1)
+    ring.ask(shards=2)
+    until(ring, controller, lambda found: bool(found.moves))
+    ring.shards[name(1)].failed.add(the_map(ring).moves[0].id)
+    step(ring, controller)
+    ring.ask(cordoned=(name(1),))
+    ring.settle([controller])
+    assert not controller.memory.failures
+    ring.ask(cordoned=())
+    assert [type(each) for each in controller.look().steps] == [Begin]
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_copy_that_does_not_get_on_is_said_with_its_reason(who: int) -> None:
     """It waits for the shard that is away, as long as it takes; nothing is lost by that."""

@@ -6,7 +6,7 @@ anew (for a seal to be confirmed, after a failure, for a shard to join). Must no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -35,9 +35,10 @@ class Watched(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A pair whose last moves failed: not again before `until_s`."""
+    """A pair whose last moves failed, the first of them at `since_s`: not again before `until_s`."""
 
     count: int
+    since_s: float
     until_s: float
     why: str
 
@@ -70,13 +71,19 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     def failed(self, pair: Pair, why: str, now_s: float) -> Memory:
         """A move of this pair was aborted although it is wanted."""
         before = self.failures.get(pair)
-        count = 1 if before is None else before.count + 1
+        count, since_s = (1, now_s) if before is None else (before.count + 1, before.since_s)
         pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(count - 1, 16))
-        return msgspec.structs.replace(self, failures={**self.failures, pair: Failure(count, now_s + pause_s, why)})
+        failure = Failure(count, since_s, now_s + pause_s, why)
+        return msgspec.structs.replace(self, failures={**self.failures, pair: failure})
 
     def succeeded(self, pair: Pair) -> Memory:
         """A move of this pair was committed."""
         left = {other: failure for other, failure in self.failures.items() if other != pair}
+        return msgspec.structs.replace(self, failures=left)
+
+    def needing(self, pairs: Collection[Pair]) -> Memory:
+        """Forget the failures of pairs that have nothing to move any more: what fails later is another matter."""
+        left = {pair: failure for pair, failure in self.failures.items() if pair in pairs}
         return msgspec.structs.replace(self, failures=left)
 
 

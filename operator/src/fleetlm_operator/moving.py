@@ -30,7 +30,8 @@ from fleetlm_operator.memory import Failure, Memory, Pair
 SEAL_S_MAX: Final = 3.0
 """A sealed batch answers nobody: the target had all but a remainder before, so what takes longer is broken."""
 STALLED_S: Final = 10.0
-"""A copy whose target says nothing new for so long does not get on, and people are told why."""
+"""A copy whose target says nothing new for so long, or a pair whose moves have failed for so long, does not get on, and
+people are told why."""
 BATCH_SLOTS_MAX: Final = 32
 """Slots of one move: they stall together, and a move that fails is begun again as a whole."""
 SHARD_MOVES_MAX: Final = 2
@@ -42,9 +43,9 @@ RESTING: Final = ("", 0, 0)
 
 
 class Stall(msgspec.Struct, frozen=True):
-    """A move that does not get on, and why."""
+    """What does not get on (a move, or all moves of a pair), and why."""
 
-    move: Move
+    what: str
     why: str
 
 
@@ -57,7 +58,7 @@ class Moves(msgspec.Struct, frozen=True, kw_only=True):
     """Slots that are not where they should be."""
     stalls: tuple[Stall, ...]
     failures: tuple[tuple[Pair, Failure], ...]
-    """Pairs that wait after a failure."""
+    """Pairs that wait after a failure, and have not failed for so long that it is a stall."""
     awaited: tuple[ShardName, ...]
     """Shards that must become ready before a move can begin."""
     again_s: float | None
@@ -124,19 +125,25 @@ def decide(
             steps.append(step)
             memory = _remembered(memory, step, now_s)
         elif move.state == "Copying" and now_s - memory.moves[move.id].said_since_s >= STALLED_S:
-            stalls.append(Stall(move, _why_stalled(view, ring, move, said[move.id])))
+            stalls.append(Stall(told(move), _why_stalled(view, ring, move, said[move.id])))
     beginnings = _Beginnings(view, ring, memory, now_s)
     for step in steps:
         beginnings.forget(step)
     begun, awaited = beginnings.choose(wanted, only_from=_leaving(ring, eligible) if draining_only else None)
     steps += begun
-    waiting = tuple((pair, failure) for pair, failure in memory.failures.items() if failure.until_s > now_s)
+    memory = memory.needing({(found.owner, owner) for found, owner in zip(ring.owners(), wanted, strict=True)})
+    waiting = _waiting(ring, steps, memory, now_s)
+    stalls += [
+        Stall(f"{source} to {target}", f"it failed {_times(failure)}: {failure.why}")
+        for (source, target), failure in waiting.items()
+        if now_s - failure.since_s >= STALLED_S
+    ]
     return Moves(
         steps=tuple(steps),
         memory=memory,
         left=sum(found.owner != owner for found, owner in zip(ring.owners(), wanted, strict=True)),
         stalls=tuple(stalls),
-        failures=waiting,
+        failures=tuple(each for each in waiting.items() if now_s - each[1].since_s < STALLED_S),
         awaited=awaited,
         again_s=_again_s(ring, memory, now_s),
     )
@@ -178,6 +185,14 @@ def _remembered(memory: Memory, step: Step, now_s: float) -> Memory:
             return memory
 
 
+def _waiting(ring: RingMap, steps: Sequence[Step], memory: Memory, now_s: float) -> dict[Pair, Failure]:
+    """Pairs whose last move failed and whose next one has not begun: its time has not come, or a shard is not ready."""
+    ended = {step.move.id for step in steps if isinstance(step, Commit | Abort)}
+    begun = {(move.source, move.target) for move in ring.moves if move.id not in ended}
+    begun |= {(step.source, step.target) for step in steps if isinstance(step, Begin)}
+    return {pair: failure for pair, failure in memory.failures.items() if failure.until_s > now_s or pair not in begun}
+
+
 def _why_stalled(view: View, ring: RingMap, move: Move, said: MoveProgress | None) -> str:
     away = [shard for shard in (move.source, move.target) if not serves(view, ring, shard)]
     if away:
@@ -199,7 +214,8 @@ def _again_s(ring: RingMap, memory: Memory, now_s: float) -> float | None:
     """When the next deadline passes."""
     deadlines = [memory.moves[move.id].since_s + SEAL_S_MAX for move in ring.moves if move.state == "Sealing"]
     deadlines += [memory.moves[move.id].said_since_s + STALLED_S for move in ring.moves if move.state == "Copying"]
-    deadlines += [failure.until_s for failure in memory.failures.values()]
+    for failure in memory.failures.values():
+        deadlines += [failure.until_s, failure.since_s + STALLED_S]
     ahead = [deadline - now_s for deadline in deadlines if deadline > now_s]
     return min(ahead) if ahead else None
 
@@ -260,6 +276,10 @@ class _Beginnings:
         return failure is None or failure.until_s <= self._now_s
 
 
+def _times(failure: Failure) -> str:
+    return "once" if failure.count == 1 else f"{failure.count} times"
+
+
 def moving_words(ring: RingMap, moves: Moves) -> str:
     """How far the ring is, in words that change with its steps only."""
     sealed = sum(move.state == "Sealing" for move in ring.moves)
@@ -267,14 +287,11 @@ def moving_words(ring: RingMap, moves: Moves) -> str:
     tail = f" ({sealed} sealed)" if sealed else ""
     words = f"{counted(moves.left)} left to move, {flight}{tail}"
     for (source, target), failure in moves.failures:
-        times = "once" if failure.count == 1 else f"{failure.count} times"
-        words += f"; {source} to {target} failed {times} and waits: {failure.why}"
+        words += f"; {source} to {target} failed {_times(failure)} and waits: {failure.why}"
     return words
 
 
 def stalled_words(moves: Moves) -> str:
-    """The first move that does not get on, and how many others."""
+    """What does not get on first, and how much else."""
     rest = len(moves.stalls) - 1
-    return f"{told(moves.stalls[0].move)} does not get on: {moves.stalls[0].why}" + (
-        f" (and {rest} more)" if rest else ""
-    )
+    return f"{moves.stalls[0].what} does not get on: {moves.stalls[0].why}" + (f" (and {rest} more)" if rest else "")
