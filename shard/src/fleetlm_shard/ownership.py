@@ -101,10 +101,11 @@ class Ownership:
         return Epoch(0) if self.map is None else self.map.epoch
 
     @property
-    def opening(self) -> bool:
-        """Slots of the newest map are not served yet."""
-        mine = len(self.map.slots_of(self._shard)) if self.map is not None else 0
-        return self.standing != "VolumeLost" and len(self.serves) + len(self.sealed) < mine
+    def opening(self) -> int:
+        """How many slots of the newest map are not served yet."""
+        if self.map is None or self.standing == "VolumeLost":
+            return 0
+        return len(self.map.slots_of(self._shard)) - len(self.readable)
 
     @property
     def readable(self) -> frozenset[Slot]:

@@ -305,15 +305,18 @@ class Shard:
             return Health(ok=False, reason="DiskFull", message="the volume has no space for a further segment")
         if self.ownership.unconfirmed:
             return self._unconfirmed()
-        if self.ownership.opening:
-            return Health(ok=False, reason="OpeningSlots", message="slots of the ring map are being opened")
+        opening, readable = self.ownership.opening, len(self.ownership.readable)
+        # One that serves goes on: unready, its pod would be no loss to a disruption budget, and its moves would wait.
+        if opening and not readable:
+            return Health(ok=False, reason="OpeningSlots", message=f"{opening} slots are being opened")
         if self.log.damage:
             words = f"{len(self.log.damage)} ranges of the log are unreadable; readers get gaps"
             return Health(ok=True, reason="LogDamaged", message=words)
         archive = None if self.archiver is None else self.archiver.health()
         if archive is not None:
             return archive
-        words = "; ".join(filter(None, (f"{len(self.ownership.readable)} slots", self.moves.words)))
+        slots = f"{readable} slots, {opening} being opened" if opening else f"{readable} slots"
+        words = "; ".join(filter(None, (slots, self.moves.words)))
         return Health(ok=True, reason="Ready", message=words)
 
     def _unconfirmed(self) -> Health:
