@@ -247,15 +247,16 @@ async def test_a_full_disk_is_said_and_reading_goes_on(tmp_path: Path) -> None:
 
 
 async def test_a_full_disk_before_the_first_slot_is_opened(tmp_path: Path) -> None:
-    """A fresh shard on a full disk stays up, says why, and serves nothing."""
+    """A fresh shard on a full disk stays up, says why, and takes nothing."""
     ring = ShardRing(tmp_path)
     async with ring.process(env={"DISK_RESERVE_BYTES": str(2**60)}) as shard:
         await ring.bind()
         await shard.wait_reason("DiskFull")
-        await shard.event("slots.waiting")
         async with await shard.client() as client:
-            with pytest.raises(TryAgain):
+            with pytest.raises(TryAgain) as refused:
                 await client.append("s", "one")
+            assert refused.value.reason == "disk_full"
+            assert await client.read_all("s") == []
         shard.signal(signal.SIGTERM)
         assert await shard.ended() == 0
 

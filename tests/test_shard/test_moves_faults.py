@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fleetlm_common import rpc
+from fleetlm_common.errors import TryAgain
 from tests.support.eventually import eventually
 from tests.support.movesrig import MovesRig, moves_rig, session_in
 from tests.support.rpcclient import RpcClient, draft
@@ -56,6 +59,27 @@ async def test_a_full_target_gives_up_and_leaves_its_clients_their_space() -> No
         assert ring[1].shard.moves.imported_messages == 401
         assert before < 400
         await whole(ring, 1, SESSION, 401)
+
+
+async def test_a_target_that_is_full_when_it_becomes_the_owner_is_read() -> None:
+    """Somebody else took the space behind the confirmation: reads go on there, appends hear `disk_full`."""
+    async with moves_rig(own={1: {"disk_reserve_bytes": MIB}}) as ring:
+        async with await ring[0].client() as client:
+            await fill(client, SESSION, 5)
+        move = await ring.begin([SLOT], 0, 1)
+        await ring.says(move, "Ready")
+        await ring.seal(move)
+        await ring.says(move, "Confirmed")
+        volume = ring.volumes[ring.names[1]]
+        volume.capacity_bytes = volume.used_bytes() + MIB // 2
+        await ring[1].shard.log.look()
+        assert ring[1].shard.health().reason == "DiskFull"
+        await ring.commit(move)
+        await whole(ring, 1, SESSION, 5)
+        async with await ring[1].client() as there:
+            with pytest.raises(TryAgain) as refused:
+                await there.append(SESSION, "no room")
+            assert refused.value.reason == "disk_full"
 
 
 async def test_a_source_that_is_away_is_waited_for() -> None:

@@ -158,7 +158,7 @@ class Ownership:
         """
         await self.refresh(epoch)
         if slot not in self.serves and slot not in self.sealed and self._adopting.locked():
-            # A map is being acted on: its slots are opened within one batch, unless the disk is full.
+            # A map is being acted on: its slots are opened within one batch, unless not a byte is left.
             with suppress(TimeoutError):
                 async with asyncio.timeout(ADOPT_TIMEOUT_S), self._adopting:
                     pass

@@ -25,7 +25,6 @@ from fleetlm_shard.exporter import Exporter
 from fleetlm_shard.importer import ImportParts
 from fleetlm_shard.keys import KeyWindow
 from fleetlm_shard.log import Log
-from fleetlm_shard.log_types import LogBusy, LogDiskFull
 from fleetlm_shard.moving import Moves
 from fleetlm_shard.ownership import Ownership
 from fleetlm_shard.peer import source_of
@@ -57,9 +56,6 @@ if TYPE_CHECKING:
     from fleetlm_shard.recovery import LogStart
     from fleetlm_shard.sessions import RowSource
     from fleetlm_shard.writes import Measured
-
-OPEN_RETRY_S: Final = 1.0
-"""A full disk is looked at again so often while slots wait to be opened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,15 +360,9 @@ class Shard:
         by_epoch: dict[Epoch, list[int]] = {}
         for slot, epoch in slots.items():
             by_epoch.setdefault(epoch, []).append(slot)
+        # From the reserve, too: on a full disk these slots are read, and their appends hear that it is full.
         for epoch, opened in by_epoch.items():
-            while True:
-                try:
-                    self.writes.other(SlotsOpened(epoch, opened), None, _nothing)
-                    break
-                except (LogBusy, LogDiskFull) as error:
-                    # Nobody is served from these slots until there is room: that is what the requests are told.
-                    self._world.events.event("slots.waiting", level="warning", why=str(error))
-                    await self._world.sleep(OPEN_RETRY_S)
+            self.writes.own(SlotsOpened(epoch, opened), _nothing)
         await self.writes.all_settled()
 
     def _on_map(self, ring: RingMap) -> None:
