@@ -8,7 +8,7 @@ import pytest
 
 from fleetlm_common.ids import Epoch, ShardName, Slot, Term
 from fleetlm_common.ring import Member, RingMap, SlotRange
-from fleetlm_shard.stored_map import choose_map
+from fleetlm_shard.stored_map import SPARE_BYTES_MIN, choose_map
 from fleetlm_shard.volume_types import (
     ForeignVolume,
     Identity,
@@ -98,7 +98,7 @@ def test_a_stored_map_is_durable_and_replaces_elder_ones() -> None:
     assert volume.stored_map() is None
     for epoch in (3, 5, 5, 4):
         volume.store_map(ring(epoch))
-    assert [path for path in world.paths() if "map" in path] == ["map-0000000001-0000000005.json"]
+    assert [path for path in world.paths() if path.startswith("map")] == ["map-0000000001-0000000005.json"]
     world.power_loss()
     younger = take(world.process("b"), "b")
     kept = younger.stored_map()
@@ -107,7 +107,38 @@ def test_a_stored_map_is_durable_and_replaces_elder_ones() -> None:
     kept = younger.stored_map()
     assert kept is not None
     assert kept.paper == MapPaper(pod_uid="pod-b", ring=ring(5))
-    assert [path for path in world.paths() if "map" in path] == ["map-0000000002-0000000005.json"]
+    assert [path for path in world.paths() if path.startswith("map")] == ["map-0000000002-0000000005.json"]
+    assert [path for path in world.paths() if "tmp" in path] == ["tmp-map-0000000002-0000000000"]
+
+
+def test_a_full_disk_takes_every_newer_map() -> None:
+    """Without one byte left, again and again, also a longer one; each is whole after a power loss."""
+    world = SimVolume()
+    volume = take(world.process("a"), "a")
+    volume.store_map(ring(1))
+    world.capacity_bytes = world.used_bytes()
+    for epoch in (2, 3, 4):
+        longer = ring(epoch, volume_id="x" * 3_000 * epoch)
+        volume.store_map(longer)
+        after = world.copy()
+        after.power_loss()
+        after.capacity_bytes += 1_000_000
+        kept = take(after.process("b"), "b").stored_map()
+        assert kept is not None
+        assert kept.paper == MapPaper(pod_uid="pod-a", ring=longer)
+
+
+def test_without_room_for_the_next_map_this_one_is_stored() -> None:
+    """What could not be kept in reserve is told by the disk when it is needed."""
+    world = SimVolume()
+    volume = take(world.process("a"), "a")
+    world.capacity_bytes = world.used_bytes() + SPARE_BYTES_MIN + 1
+    volume.store_map(ring(1))
+    kept = volume.stored_map()
+    assert kept is not None
+    assert kept.epoch == 1
+    with pytest.raises(VolumeFailed, match="epoch 2"):
+        volume.store_map(ring(2))
 
 
 def test_an_elder_never_removes_a_youngers_map_nor_hides_its_epoch() -> None:

@@ -1,10 +1,14 @@
 """The ring map on the volume: what keeps a boot from believing an older one.
 
 Promise: the epoch of a stored map never goes back, also over crashes and between two processes on one volume. Each map
-is a file of its own, complete when its name appears. Must not be done here: asking the control plane.
+is a file of its own, complete when its name appears. It is written into a spare file that was made before: a full disk,
+also one without a byte left, keeps no shard from acting on a map. Must not be done here: asking the control plane.
 """
 
 from __future__ import annotations
+
+import errno
+from typing import Final
 
 from fleetlm_common.ids import Term
 from fleetlm_common.ring import RingMap
@@ -21,7 +25,11 @@ from fleetlm_shard.volume_types import (
     encode_paper,
     map_names,
     map_path,
+    spare_path,
 )
+
+SPARE_BYTES_MIN: Final = 16 * 1024
+"""Maps are padded to it: the next one, with some more ranges, finds as much room as this one leaves."""
 
 
 def choose_map(live: RingMap | None, stored: StoredMap | None, *, identity: Identity, pod_uid: str) -> RingMap:
@@ -80,21 +88,35 @@ def write_map(disk: Disk, ring: RingMap, *, term: Term, pod_uid: str) -> None:
     stored = map_names(disk.listdir(""))
     if any(epoch > ring.epoch or (epoch == ring.epoch and by == term) for epoch, by, _ in stored):
         return
-    final = map_path(term, ring.epoch)
-    temporary = f"tmp-map-{term:010d}-{ring.epoch:010d}"
-    file = disk.create(temporary)
+    final, spare = map_path(term, ring.epoch), spare_path(term)
+    file = disk.open(spare, writable=True) if disk.exists(spare) else disk.create(spare)
     try:
-        file.pwrite(encode_paper(MapPaper(pod_uid=pod_uid, ring=ring)), 0)
+        # As long as the spare file: nothing stays of what was in it, and it needs no blocks but its own.
+        data = encode_paper(MapPaper(pod_uid=pod_uid, ring=ring), size_bytes=file.size() or SPARE_BYTES_MIN)
+        file.pwrite(data, 0)
         file.sync()
     finally:
         file.close()
-    disk.link(temporary, final)
+    disk.link(spare, final)
     disk.sync_folder("")
-    disk.unlink(temporary)
+    disk.unlink(spare)
     # Only after the new name is durable; never a younger process's.
     for _, by, name in stored:
         if by <= term:
             _remove(disk, name)
+    _make_spare(disk, spare, max(SPARE_BYTES_MIN, len(data)))
+
+
+def _make_spare(disk: Disk, spare: str, size_bytes: int) -> None:
+    """Take the room of the next map while there is some: what was just removed leaves as much."""
+    file = disk.create(spare)
+    try:
+        file.pwrite(bytes(size_bytes), 0)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+    finally:
+        file.close()
 
 
 def read_newest_map(disk: Disk, *, ring_uid: str) -> StoredMap | None:

@@ -24,6 +24,7 @@ from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.ring import RingMap
 
 VOLUME_FORMAT: Final = 1
+_CHECKSUM_BYTES: Final = len(b"\ncrc32c 00000000\n")
 PAPER_BYTES_MAX: Final = 16 * 1024 * 1024
 """More than the largest ring map (1024 ranges, 256 members, 64 moves) by far: a longer file is not ours."""
 HEARTBEAT_OFFSET: Final = 4096
@@ -132,9 +133,9 @@ class _Format(msgspec.Struct):
 PaperT = TypeVar("PaperT", Identity, TermPaper, MapPaper)
 
 
-def encode_paper(paper: Identity | TermPaper | MapPaper) -> bytes:
-    """The file's bytes."""
-    line = msgspec.json.encode(paper)
+def encode_paper(paper: Identity | TermPaper | MapPaper, *, size_bytes: int = 0) -> bytes:
+    """The file's bytes; `size_bytes` of them, if the paper is not longer."""
+    line = msgspec.json.encode(paper).ljust(size_bytes - _CHECKSUM_BYTES)
     return line + b"\ncrc32c %08x\n" % crc32c(line)
 
 
@@ -183,6 +184,11 @@ def leave_path(term: int) -> str:
 def map_path(term: int, epoch: int) -> str:
     """File of a ring map stored by the process of that term."""
     return f"map-{term:010d}-{epoch:010d}.json"
+
+
+def spare_path(term: int) -> str:
+    """File into which that process will write its next ring map; a temporary name."""
+    return f"tmp-map-{term:010d}-{0:010d}"
 
 
 def highest_term(names: list[str], log_names: list[str]) -> Term:
