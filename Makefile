@@ -65,7 +65,7 @@ plants: setup ## mistakes planted into a copy of the source, and the first seed 
 kills: setup ## SIGKILL at random under load, by hand: make kills KILLS=300
 	$(RUN)/python -m tests.integration.kills --kills $(or $(KILLS),300)
 
-moves: setup ## slots move under load, by hand: make moves N=10 [KILLS=1] [ONLY=scale,mind,pin,handover,inplace] [SEED=7]
+moves: setup ## slots move under load, by hand: make moves N=10 [KILLS=1] [ONLY=scale,mind,pin,handover,inplace,crash] [SEED=7]
 	$(RUN)/python -m tests.integration.moves --repeat $(or $(N),10) $(if $(KILLS),--kills) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
 
 fuzz: setup ## malformed frames and requests at every entrance, by hand: make fuzz N=100000 [SEED=7]

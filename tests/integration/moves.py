@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -23,7 +24,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -33,6 +34,7 @@ from fleetlm_cli.exits import Failure
 from fleetlm_common.control import ControlPlaneUnavailable, Pin, RingSpec, View
 from fleetlm_common.filecontrol import FileControlPlane, Status, read_status
 from fleetlm_common.ids import ShardName, Slot
+from fleetlm_common.ring import RingMap
 from tests.integration.kills import Plan
 from tests.support.eventually import poll
 from tests.support.faultload import FaultRun, under_load
@@ -41,6 +43,10 @@ from tests.support.load import Report
 OPERATION_S_MAX: Final = 150.0
 """An operation ends within it, kills and a busy machine included."""
 POLL_S: Final = 0.05
+SEEN_POLL_S: Final = 0.005
+"""A sealed move lasts some tenths of a second."""
+MoveState = Literal["Copying", "Sealing"]
+MOVE_STATES: Final[tuple[MoveState, ...]] = ("Copying", "Sealing")
 
 
 @dataclass(slots=True)
@@ -75,7 +81,7 @@ class Mover:
 
     async def scale(self, count: int, *, wait: bool = True) -> None:
         """Ask for another number of shards."""
-        self._ask(lambda spec: msgspec.structs.replace(spec, shards=count))
+        self.ask(lambda spec: msgspec.structs.replace(spec, shards=count))
         if not wait:
             return
 
@@ -85,37 +91,65 @@ class Mover:
             names = {f"shard-{ordinal}" for ordinal in range(count)}
             return running == names and has_members(view, count) and is_steady(view, status)
 
-        await self._until(done, f"{count} shards")
+        await self.until(done, f"{count} shards")
 
     async def pin(self, pins: tuple[Pin, ...]) -> None:
         """Want slots somewhere."""
-        self._ask(lambda spec: msgspec.structs.replace(spec, pins=pins))
+        self.ask(lambda spec: msgspec.structs.replace(spec, pins=pins))
 
         def done(view: View, status: Status | None) -> bool:
-            if view.map is None or not is_steady(view, status):
-                return False
-            owners = [found.owner for found in view.map.owners()]
-            return all(owners[slot] == pin.shard for pin in pins for slot in range(pin.first, pin.last + 1))
+            return view.map is not None and is_steady(view, status) and are_where_wanted(view.map, pins)
 
-        await self._until(done, f"{pins}")
+        await self.until(done, f"{pins}")
 
     async def empty(self, shard: str | None) -> None:
         """Cordon a shard, or none."""
-        self._ask(lambda spec: msgspec.structs.replace(spec, cordoned=() if shard is None else (ShardName(shard),)))
+        self.ask(lambda spec: msgspec.structs.replace(spec, cordoned=() if shard is None else (ShardName(shard),)))
 
         def done(view: View, status: Status | None) -> bool:
             return is_steady(view, status) if shard is None else owns_nothing(view, ShardName(shard))
 
-        await self._until(done, f"{shard} is empty")
+        await self.until(done, f"{shard} is empty")
+
+    async def crash(self, pins: tuple[Pin, ...], state: MoveState) -> bool:
+        """Want slots somewhere, kill everything once a move is in `state`, start it again, and wait for the slots.
+
+        Returns:
+            Whether a move was in `state` when all were dead.
+        """
+        self.ask(lambda spec: msgspec.structs.replace(spec, pins=pins))
+        seen = await self._seen(pins, state)
+        if seen:
+            await self.run.fleet.kill_all()
+            self.run.report.killed["everything"] += 1
+            # Nobody is left who could change it.
+            ring = (await self._control.read()).map
+            seen = ring is not None and any(move.state == state for move in ring.moves)
+            await self.run.fleet.start_again()
+        await self.pin(pins)
+        return seen
+
+    async def _seen(self, pins: tuple[Pin, ...], state: MoveState) -> bool:
+        """Wait until a move is in `state`; False if the slots have moved and none was seen in it."""
+        async with asyncio.timeout(OPERATION_S_MAX):
+            while True:
+                with suppress(ControlPlaneUnavailable):
+                    ring = (await self._control.read()).map
+                    if ring is not None and any(move.state == state for move in ring.moves):
+                        return True
+                    if ring is not None and are_where_wanted(ring, pins):
+                        return False
+                await asyncio.sleep(SEEN_POLL_S)
 
     async def view(self) -> View:
         """What the files say now."""
         return await self._control.read()
 
-    def _ask(self, change: Callable[[RingSpec], RingSpec]) -> None:
+    def ask(self, change: Callable[[RingSpec], RingSpec]) -> None:
+        """Want something else."""
         ask(self.run.fleet.data, change)
 
-    async def _until(self, holds: Callable[[View, Status | None], bool], what: str) -> None:
+    async def until(self, holds: Callable[[View, Status | None], bool], what: str) -> None:
         """Wait for the ring; under fire if that is asked for."""
         fire = asyncio.create_task(self._fire()) if self._kills else None
         try:
@@ -169,6 +203,12 @@ class Mover:
             await asyncio.gather(waiting, return_exceptions=True)
 
 
+def are_where_wanted(ring: RingMap, pins: tuple[Pin, ...]) -> bool:
+    """Whether each pinned slot is owned by its shard."""
+    owners = [found.owner for found in ring.owners()]
+    return all(owners[slot] == pin.shard for pin in pins for slot in range(pin.first, pin.last + 1))
+
+
 Operation = Callable[[Mover], Awaitable[None]]
 
 
@@ -217,12 +257,23 @@ async def inplace(mover: Mover) -> None:
     await mover.run.progress()
 
 
+async def crash(mover: Mover) -> None:
+    """Everything dies at once in mid-move, while it copies and while it is sealed; started again, the move ends."""
+    shards = itertools.cycle(("shard-2", "shard-0"))
+    for state in MOVE_STATES:
+        hit = False
+        while not hit:
+            hit = await mover.crash((Pin(Slot(0), Slot(15), ShardName(next(shards))),), state)
+            await mover.run.progress()
+
+
 OPERATIONS: Final[dict[str, Operation]] = {
     "scale": scale,
     "mind": mind,
     "pin": pin,
     "handover": handover,
     "inplace": inplace,
+    "crash": crash,
 }
 
 

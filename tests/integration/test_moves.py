@@ -25,6 +25,14 @@ async def test_a_change_of_mind_at_any_step_with_kills(tmp_path: Path) -> None:
     assert outcome.report.killed.total() > 0
 
 
+@pytest.mark.timeout(300)
+async def test_everything_is_killed_at_once_in_mid_move(tmp_path: Path) -> None:
+    """`up` with all its children, while a move copies and while one is sealed: started again, each move ends, clean."""
+    outcome = await moves.moves_run(tmp_path, moves.crash, kills=False, seed=5)
+    clean(outcome.report)
+    assert outcome.report.killed["everything"] >= 2
+
+
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["scale", "pin", "handover"])

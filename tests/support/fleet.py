@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -44,6 +44,8 @@ class Fleet:
     data: Path
     process: asyncio.subprocess.Process
     output: Path
+    start: Callable[[], Awaitable[asyncio.subprocess.Process]]
+    """The same command once more."""
     killed: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -96,6 +98,27 @@ class Fleet:
             self.killed[name] = pid
         os.kill(pid, number)
         return pid
+
+    async def kill_all(self) -> None:
+        """SIGKILL of `up` and of every child at once; returns when all are gone."""
+        pids = [self.process.pid, *(process.pid for process in self.up.processes)]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self.process.wait()
+        dying: list[psutil.Process] = []
+        for pid in pids[1:]:
+            with suppress(psutil.NoSuchProcess):
+                dying.append(psutil.Process(pid))
+        _, alive = await asyncio.to_thread(psutil.wait_procs, dying, timeout=5)
+        if alive:
+            raise FleetError(f"outlived SIGKILL: {alive}")
+
+    async def start_again(self) -> None:
+        """The same `up` on the same folder after `kill_all`; returns when everything is ready."""
+        self.process = await self.start()
+        self.killed.clear()
+        await self.wait_up()
 
     async def wait_ready(self, name: str | None = None, *, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Wait until a child (None: each) is one that was not killed, and calls itself ready."""
@@ -178,12 +201,15 @@ async def fleet(  # every keyword is one option of `up`
     numbers = ["--port", "0", "--shards", str(shards), "--gateways", str(gateways), "--slots", str(slots)]
     if archive:
         numbers += ["--archive", archive]
-    with output.open("ab") as sink:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fleetlm_cli.main", "up", "--data", str(data), *numbers, *options,
-            stdin=asyncio.subprocess.DEVNULL, stdout=sink, stderr=sink, env={**os.environ, **(env or {})},
-        )  # fmt: skip
-    running = Fleet(data, process, output)
+
+    async def start() -> asyncio.subprocess.Process:
+        with output.open("ab") as sink:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "fleetlm_cli.main", "up", "--data", str(data), *numbers, *options,
+                stdin=asyncio.subprocess.DEVNULL, stdout=sink, stderr=sink, env={**os.environ, **(env or {})},
+            )  # fmt: skip
+
+    running = Fleet(data, await start(), output, start)
     try:
         if wait:
             await running.wait_up()
