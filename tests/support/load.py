@@ -46,6 +46,7 @@ class LoadPlan:
     writers: int = 6
     readers: int = 4
     write_pause_s: float = 0.01
+    text_chars_max: int = 300
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class Load:
         for _ in range(count):
             self.count += 1
             key = f"{writer}-{self.count}"
-            made.append((key, {"key": key, "text": "x" * (self.count % 300)}))
+            made.append((key, {"key": key, "text": "x" * (self.count % self.plan.text_chars_max)}))
         return made
 
     def saw(self, session: str, seq: int) -> None:

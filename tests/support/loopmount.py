@@ -10,6 +10,10 @@ import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
+
+_WRITTEN_BYTES: Final = 1024 * 1024
+"""The last of what is filled is written, for the file system's own needs come out of it; the rest is only taken."""
 
 
 class LoopMount:
@@ -38,15 +42,22 @@ class LoopMount:
         """Unmount it; whoever has files open there prevents it."""
         _run("umount", str(self.path))
 
-    def fill(self) -> None:
-        """Take every last byte, as somebody else on the volume would."""
-        with self._filler.open("wb", buffering=0) as file, suppress(OSError):
-            while file.write(bytes(64 * 1024)) == 64 * 1024:
-                pass
+    def fill(self, *, leave_bytes: int = 0) -> None:
+        """Take all but so much, as somebody else on the volume would; called again it takes more."""
+        with self._filler.open("ab", buffering=0) as file, suppress(OSError):
+            bulk_bytes = self._free_bytes() - leave_bytes - _WRITTEN_BYTES
+            if bulk_bytes > 0:
+                os.posix_fallocate(file.fileno(), file.tell(), bulk_bytes)
+            while (room_bytes := self._free_bytes() - leave_bytes) > 0:
+                file.write(bytes(min(room_bytes, 64 * 1024)))
 
     def free(self) -> None:
         """Give it back."""
         self._filler.unlink()
+
+    def _free_bytes(self) -> int:
+        found = os.statvfs(self.path)
+        return found.f_bavail * found.f_frsize
 
     def abort(self) -> None:
         """Make the kernel treat the file system as damaged: it turns read-only under whoever writes."""
