@@ -9,9 +9,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from tests.cluster import nodes
+from tests.cluster.storage import VOLUMES
 from tests.e2e.kubectl import Json, get, kubectl, listed, run, until
 
 READY_S: Final = 90.0
@@ -137,6 +139,12 @@ async def nothing_ended_by_itself(ring: Ring) -> None:
         if found != killed:
             words = await kubectl("logs", name, "-n", ring.namespace, "--previous", "--tail=20")
             raise AssertionError(f"{name} was restarted {found} times, and killed {killed} times:\n{words}")
+
+
+async def volume(ring: Ring, ordinal: int) -> Path:
+    """The folder that is a shard's volume."""
+    claim = await get(ring.namespace, "pvc", f"data-{ring.name}-shard-{ordinal}")
+    return VOLUMES / str(claim["spec"]["volumeName"])
 
 
 def going(pod: Json) -> bool:

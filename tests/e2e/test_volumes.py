@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 import fleetlm_client
-from tests.cluster.storage import VOLUMES
 from tests.e2e.kubectl import get, until
-from tests.e2e.rings import Ring, pod_ready, signal_container
+from tests.e2e.rings import Ring, pod_ready, signal_container, volume
 
 SESSIONS: Final = 12
 """With so many, each of two shards has some."""
-
-
-async def volume(ring: Ring, ordinal: int) -> Path:
-    """The folder that is a shard's volume."""
-    claim = await get(ring.namespace, "pvc", f"data-{ring.name}-shard-{ordinal}")
-    return VOLUMES / str(claim["spec"]["volumeName"])
 
 
 @pytest.mark.long
