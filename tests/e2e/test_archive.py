@@ -152,7 +152,7 @@ async def test_a_lost_volume_is_restored_from_the_archive(archived: Ring) -> Non
         await holds(connection, 3 * SESSIONS)
     finally:
         await connection.close()
-    members = (await get(namespace, "ringmap", ring.name))["spec"]["members"]
+    members = (await get(namespace, "ringmap", ring.name))["spec"]["map"]["members"]
     lost = next(member["volumeId"] for member in members if member["name"] == "shard-1")
     folder = await volume(ring, 1)
     shutil.rmtree(folder / "volume")
