@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 
 import pytest
-import yaml
 
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import ApiError, ApiRefused, Object
+from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubemap import read_ring_map
-from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, SHARD_RINGS, Resource
+from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, Resource
 from fleetlm_common.ops import Health
 from fleetlm_operator.kubeworld import KubeWorld
 from fleetlm_operator.resources import (
@@ -28,7 +27,6 @@ from fleetlm_operator.resources import (
 )
 from fleetlm_operator.ringplan import Apply, Create, plan
 from fleetlm_operator.shardwords import ShardWords
-from tests.support.apiserver import ROOT
 from tests.support.operatorworld import World
 from tests.support.playednodes import PlayedNodes
 from tests.test_operator.modelcluster import DEFAULTS
@@ -507,90 +505,3 @@ async def test_paused_and_deleted_in_every_state(
 
         # The garbage collector looks for new kinds every half a minute, and again when it found them gone.
         await world.until("nothing is left", gone, timeout_s=120)
-
-
-REFUSED: Final[list[tuple[Object, str]]] = [
-    ({"slots": 256}, "make a new ShardRing to have another"),
-    ({"storage": {"size": "9Gi"}}, "a volume cannot shrink"),
-    ({"storage": {"size": "100Mi"}}, "at least 512Mi"),
-    ({"storage": {"className": "other"}}, "volumes cannot change their class"),
-    ({"log": {"segmentSize": "2Gi"}}, "between 4Mi and 1Gi"),
-    ({"hot": {"maxBytes": "1Ki"}}, "at least 1Mi"),
-    ({"drain": {"timeoutSeconds": 100}}, "at least timeoutSeconds + 25"),
-    ({"replicas": 101}, "less than or equal to 100"),
-]
-
-
-RULES: Final = "x-kubernetes-validations"
-
-
-def messages(plural: str) -> set[str]:
-    """What the rules of a resource say when they refuse."""
-
-    def inside(node: object) -> Iterator[str]:
-        if isinstance(node, dict):
-            yield from (rule["message"] for rule in node.get(RULES, []))
-            for name, child in node.items():
-                yield from inside(child) if name != RULES else ()
-        elif isinstance(node, list):
-            for child in node:
-                yield from inside(child)
-
-    return set(inside(yaml.safe_load((ROOT / "crds" / f"fleetlm.io_{plural}.yaml").read_text())))
-
-
-def unmet(plural: str, words: Iterable[str]) -> set[str]:
-    """Rules that no test broke."""
-    return {message for message in messages(plural) if not any(each in message for each in words)}
-
-
-async def test_each_rule_refuses_with_its_message(world: World) -> None:
-    """And a smallest ShardRing round-trips: applied again, nothing changes."""
-    named = (("9lives", "begin with a letter"), ("x" * 41, "at most 40 characters"))
-    assert not unmet("shardrings", [words for _, words in [*REFUSED, *named]])
-    await world.make()
-    first = await world.ring()
-    await world.make()
-    assert (await world.ring())["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
-    for spec, words in REFUSED:
-        with pytest.raises(ApiRefused, match=words.replace("+", r"\+")):
-            await world.edit(spec)
-    for name, words in named:
-        body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": name}}
-        with pytest.raises(ApiRefused, match=words):
-            await world.api.apply(SHARD_RINGS, world.namespace, body, manager="t")
-
-
-async def test_an_epoch_never_goes_back(world: World) -> None:
-    """The API server itself refuses it, and a map without the next epoch, another uid, other slots, no map."""
-
-    def spec(epoch: int, owner: str = "a") -> Object:
-        ranges = [{"first": 0, "last": 7, "owner": owner, "epoch": epoch}]
-        members = [{"name": owner, "volumeId": "v"}]
-        return {
-            "uid": "u",
-            "slots": 8,
-            "shards": 1,
-            "map": {"format": 1, "epoch": epoch, "members": members, "ranges": ranges},
-        }
-
-    async def write(found: Object) -> None:
-        body = {"apiVersion": RING_MAPS.api, "kind": RING_MAPS.kind, "metadata": {"name": "m"}, "spec": found}
-        await world.api.apply(RING_MAPS, world.namespace, body, manager="t")
-
-    await write(spec(1))
-    await write(spec(2))
-    without = {key: value for key, value in spec(3).items() if key != "map"}
-    refusals = (
-        (spec(1), "never goes back"),
-        (spec(4), "never jumps"),
-        (spec(2, "b"), "needs the next epoch"),
-        ({**spec(3), "uid": "other"}, "for life"),
-        ({**spec(3), "slots": 9}, "fixed for the life"),
-        (without, "keeps one"),
-    )
-    assert not unmet("ringmaps", [words for _, words in refusals])
-    for refused, words in refusals:
-        with pytest.raises(ApiError, match=words):
-            await write(refused)
-    await write(spec(3))
