@@ -14,6 +14,7 @@ from fleetlm_common.ids import ShardName
 from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, Resource
+from fleetlm_common.logs import NullLogger
 from fleetlm_common.ops import Health
 from fleetlm_operator.kubeworld import KubeWorld
 from fleetlm_operator.resources import (
@@ -434,7 +435,13 @@ async def test_what_is_made_once_has_its_owner_at_once(world: World) -> None:
 
     async def step(kind: type[Create] | type[Apply]) -> list[list[Object]]:
         async with ShardWords() as words:
-            kube = KubeWorld(world.api, now=lambda: datetime.now(UTC), new_credential=lambda: "made up", words=words)
+            kube = KubeWorld(
+                world.api,
+                now=lambda: datetime.now(UTC),
+                new_credential=lambda: "made up",
+                words=words,
+                log=NullLogger(),
+            )
             seen = await kube.observe(world.namespace, "demo")
             assert seen is not None
             for action in plan(seen, DEFAULTS).actions:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from fleetlm_common.kubeapi import ApiNotFound, Object
+from fleetlm_common.ids import ShardName
+from fleetlm_common.kubeapi import ApiError, ApiNotFound, KubeApi, Object
+from fleetlm_common.kubemap import read_ring_map
 from fleetlm_common.kubenames import LEASES, RING_LABEL, RING_MAPS, Resource
-from fleetlm_operator.resources import PODS, ROLE_BINDINGS, ROLES, SERVICE_ACCOUNTS
+from fleetlm_common.logs import StreamLogger
+from fleetlm_operator.kubeworld import NODES_AGAIN, KubeWorld
+from fleetlm_operator.resources import NODES, PODS, ROLE_BINDINGS, ROLES, SERVICE_ACCOUNTS
+from fleetlm_operator.shardwords import ShardWords
 from tests.support.apiserver import NAMESPACES, Asked
 from tests.support.helm import rendered
 from tests.support.operatorworld import KINDS, World
@@ -54,13 +62,15 @@ class Installed:
     Args:
         world: where rings are.
         namespaced: whether rights are only in the rings' namespace.
+        nodes: whether nodes are asked for all the same.
     """
 
-    def __init__(self, world: World, *, namespaced: bool) -> None:
+    def __init__(self, world: World, *, namespaced: bool, nodes: bool = False) -> None:
         self.world = world
         self.namespace = f"{world.namespace[:50]}-system"
         watch = ("--set", f"watch.namespaces={{{world.namespace}}}") if namespaced else ()
-        self.objects = rendered("helm", *watch, namespace=self.namespace)
+        options = (*watch, "--set", f"watch.nodes={str(nodes).lower()}")
+        self.objects = rendered("helm", *options, namespace=self.namespace)
 
     async def grant(self, *, rings: bool) -> None:
         """What may be done to rings, or what the operator needs for itself."""
@@ -72,11 +82,15 @@ class Installed:
             namespace = each["metadata"].get("namespace")
             await self.world.api.apply(resource, namespace, each, manager="helm")
 
-    async def start(self) -> None:
-        """An operator with a token of the account, in the chart's namespace."""
+    async def account(self) -> Path:
+        """A kubeconfig with a token of the account, in the chart's namespace."""
         await self.world.api.create(NAMESPACES, None, {"metadata": {"name": self.namespace}})
         await self.grant(rings=False)
-        kubeconfig = await self.world.server.account(self.world.api, self.namespace, ACCOUNT)
+        return await self.world.server.account(self.world.api, self.namespace, ACCOUNT)
+
+    async def start(self) -> None:
+        """An operator with that token."""
+        kubeconfig = await self.account()
         container = next(each for each in self.objects if each["kind"] == "Deployment")["spec"]["template"]["spec"]
         told = {each["name"]: each["value"] for each in container["containers"][0]["env"] if "value" in each}
         mine = {"KUBECONFIG": str(kubeconfig), "FLEETLM_OPERATOR_POD_NAMESPACE": self.namespace}
@@ -176,12 +190,14 @@ async def test_the_charts_rights_suffice_and_are_needed(world: World, namespaced
     begun = len(installed.asked())
     await a_life(world)
     asked = installed.asked()
-    assert not [each for each in asked[begun:] if not each.allowed]
+    refused = [(each.resource, each.verb) for each in asked[begun:] if not each.allowed]
+    assert refused == ([("nodes", "list")] if namespaced else []), "it looks whether it may, and lets it be for long"
     used = {(each.group, each.resource, verb) for each in asked if each.allowed for verb in verbs(each)}
     unused = sorted(rights_in(installed.objects) - used)
     assert not unused, "\n".join(map(str, unused))
     if namespaced:
-        assert {each.namespace for each in asked[begun:]} == {world.namespace, installed.namespace}
+        inside = {world.namespace, installed.namespace}
+        assert {each.namespace for each in asked[begun:] if each.allowed} == inside
         assert not [each for each in installed.objects if each["kind"].startswith("Cluster")]
     own = [each for each in asked if each.namespace == installed.namespace]
     assert {(each.resource, each.name) for each in own} <= {
@@ -193,3 +209,106 @@ async def test_the_charts_rights_suffice_and_are_needed(world: World, namespaced
     moved = {re.sub(r"_(bucket|sum|count)$", "", name.partition("{")[0]) for name, value in after.items() if value}
     assert documented() <= moved, "a documented series that is still as it was when the process began"
     assert after["fleetlm_operator_leader"] == 1
+
+
+async def owned(world: World) -> list[int]:
+    """Slots of each shard of the map, by ordinal."""
+    found = await world.api.get(RING_MAPS, world.namespace, "demo")
+    ring_map = None if found is None else read_ring_map(found)[1]
+    assert ring_map is not None
+    return [len(ring_map.slots_of(ShardName(f"shard-{number}"))) for number in range(len(ring_map.members))]
+
+
+@asynccontextmanager
+async def a_node(world: World) -> AsyncGenerator[str]:
+    """One more node, gone afterwards."""
+    name = f"{world.namespace}-1"
+    made = await world.api.create(NODES, None, {"metadata": {"name": name}})
+    yield name
+    await world.api.delete(NODES, None, name, uid=made["metadata"]["uid"])
+
+
+@pytest.mark.parametrize(
+    ("namespaced", "nodes"),
+    [(False, False), (True, True), (True, False)],
+    ids=["clusterwide", "and-nodes", "namespaced"],
+)
+async def test_slots_avoid_a_cordoned_node(world: World, *, namespaced: bool, nodes: bool) -> None:
+    """A shard leaves: its slots go to those on other nodes only, and back when the node takes pods.
+
+    Without the right to see nodes they are spread over all, and the log says so once.
+    """
+    installed = Installed(world, namespaced=namespaced, nodes=nodes)
+    await installed.start()
+    await installed.grant(rings=True)
+    blind = namespaced and not nodes
+    async with PlayedNodes(world.api, world.namespace) as played, a_node(world) as node:
+        played.places["demo-shard-1"] = node
+        await world.make()
+        await world.until_reason("Progressing", "False/Settled")
+        before = await owned(world)
+        cordon: Object = {"spec": {"unschedulable": True}}
+        await world.api.merge(NODES, None, node, cordon, manager="kubectl")
+        await world.scale(2)
+        await world.until_reason("Progressing", "False/Settled")
+        assert await owned(world) == ([256, 256] if blind else [512 - before[1], before[1]])
+        assert ("on cordoned nodes" in (await world.ring())["status"]["message"]) is not blind
+        await world.api.merge(NODES, None, node, {"spec": {"unschedulable": None}}, manager="kubectl")
+
+        async def even() -> bool:
+            await hint(world)
+            return await owned(world) == [256, 256]
+
+        await world.until("it has its share again", even)
+    refused = {(each.resource, each.verb) for each in installed.asked() if not each.allowed}
+    assert (("nodes", "list") in refused) is blind
+    assert world.said().count('"event":"nodes_unseen"') == blind
+
+
+async def test_the_right_to_see_nodes_is_asked_for_now_and_then(world: World) -> None:
+    """Not at each look; what it lacks is said once; granted while the operator runs, it is used."""
+    installed = Installed(world, namespaced=True)
+    api = await KubeApi.connect({"KUBECONFIG": str(await installed.account())}, agent="test")
+    await installed.grant(rings=True)
+    await world.make()
+    moments, said = [datetime.now(UTC)], StringIO()
+
+    async def look(later: timedelta) -> frozenset[str]:
+        moments.append(moments[-1] + later)
+        seen = await kube.observe(world.namespace, "demo")
+        assert seen is not None
+        return seen.cordoned_nodes
+
+    def tries() -> int:
+        return len([each for each in installed.asked() if each.resource == "nodes"])
+
+    async with ShardWords() as words, a_node(world) as node:
+        await world.api.merge(NODES, None, node, {"spec": {"unschedulable": True}}, manager="kubectl")
+        kube = KubeWorld(
+            api,
+            now=lambda: moments[-1],
+            new_credential=lambda: "",
+            words=words,
+            log=StreamLogger("operator", stream=said),
+        )
+
+        async def allowed() -> bool:  # the server learns of a right a moment after it was granted
+            with suppress(ApiError):
+                await look(timedelta())
+                return True
+            return False
+
+        await world.until("it may look at the ring", allowed)
+        assert tries() == 1
+        assert await look(NODES_AGAIN * 0.9) == frozenset()
+        assert tries() == 1
+        assert await look(NODES_AGAIN * 0.2) == frozenset()
+        assert tries() == 2
+        assert said.getvalue().count("nodes_unseen") == 1
+        await Installed(world, namespaced=True, nodes=True).grant(rings=True)
+
+        async def seen() -> bool:
+            return await look(NODES_AGAIN) == frozenset({node})
+
+        await world.until("it sees the cordoned node", seen)
+    await api.close()

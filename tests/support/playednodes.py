@@ -31,10 +31,11 @@ from fleetlm_common.kubenames import (
     RING_LABEL,
     RING_MAPS,
     SHARD_OPS_PORT,
+    Resource,
 )
 from fleetlm_common.ops import Health, OpsServer
 from fleetlm_operator.observed import is_ready, pod_from
-from fleetlm_operator.resources import PODS
+from fleetlm_operator.resources import NODES, PODS
 
 POLL_S: Final = 0.1
 WELL: Final = Health(ok=True, reason="Ready")
@@ -63,6 +64,8 @@ class PlayedNodes:
         """Pods that do not become ready."""
         self.words: dict[str, Health] = {}
         """What a shard says of itself, by its pod's name, when it does not say that it is well."""
+        self.places: dict[str, str] = {}
+        """Nodes, which must be there, by the pods that are bound to them; other pods are on none."""
         self.confirms = True
         """Whether targets confirm what is sealed."""
         self._was_ready: set[str] = set()
@@ -95,6 +98,8 @@ class PlayedNodes:
             labels = pod["metadata"]["labels"]
             ring, shard = labels[INSTANCE_LABEL], labels[COMPONENT_LABEL] == "shard"
             name = pod["metadata"]["name"]
+            if name in self.places and "nodeName" not in pod["spec"]:
+                await self._bind(name)
             bad = pod["spec"]["containers"][0]["image"].endswith(":bad") or name in self.held
             address = await self._address(name) if shard and not bad else ""
             ready = await self._serves(ring, pod, address) if shard and not bad else not shard
@@ -107,6 +112,12 @@ class PlayedNodes:
                 self._was_ready.add(ring)
             if ring in self._was_ready:
                 self.unready_at_once = max(self.unready_at_once, wanted - sum(states))
+
+    async def _bind(self, pod: str) -> None:
+        """What the scheduler does."""
+        target = {"apiVersion": NODES.api, "kind": NODES.kind, "name": self.places[pod]}
+        binding = Resource("v1", "Binding", f"pods/{pod}/binding")
+        await self._api.create(binding, self._namespace, {"metadata": {"name": pod}, "target": target})
 
     def _word(self, pod: str) -> Health:
         return self.words.get(pod, WELL)

@@ -68,6 +68,26 @@ def test_templates_are_the_golden_ones(program: str, name: str, tmp_path: Path) 
     assert made(program, name, tmp_path) == list(yaml.safe_load_all((GOLDEN / f"{name}.yaml").read_text()))
 
 
+@pytest.mark.parametrize("namespaces", [(), ("--set", "watch.namespaces={one}")], ids=["clusterwide", "namespaced"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_nodes_are_listed_clusterwide_or_when_it_is_asked_for(namespaces: tuple[str, ...], *, asked: bool) -> None:
+    """One role for it alone, bound to the operator's account; a namespaced release has nothing of the cluster else."""
+    found = rendered("helm", *namespaces, "--set", f"watch.nodes={str(asked).lower()}")
+    name = "system-fleetlm-operator-nodes"
+    role = [each for each in found if each["kind"] == "ClusterRole" and each["metadata"]["name"] == name]
+    bound = [each for each in found if each["kind"] == "ClusterRoleBinding" and each["metadata"]["name"] == name]
+    if namespaces:
+        cluster = [each for each in found if each["kind"].startswith("Cluster")]
+        assert len(cluster) == len(role) + len(bound)
+    if namespaces and not asked:
+        assert not role + bound
+        return
+    assert [each["rules"] for each in role] == [[{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]]
+    assert [each["roleRef"]["name"] for each in bound] == [name]
+    account = {"kind": "ServiceAccount", "name": "fleetlm-operator", "namespace": "system"}
+    assert [each["subjects"] for each in bound] == [[account]]
+
+
 @pytest.mark.parametrize("program", HELMS)
 def test_lint_has_nothing_to_say(program: str) -> None:
     """Strictly: warnings count."""
@@ -83,6 +103,7 @@ REFUSED: Final = (
     ("image.pullPolicy=Sometimes", "pullPolicy"),
     ("image.registry=", "registry"),
     ("watch.namespaces={Team_A}", "namespaces"),
+    ("watch.nodes=maybe", "nodes"),
     ("ring.name=9lives", "name"),
     ("metrics.podMonitor.enabled=maybe", "enabled"),
     ("serviceAccount.create=false", "serviceAccount.name is needed when serviceAccount.create is false"),

@@ -57,6 +57,7 @@ from tests.test_operator.playedring import PlayedRing, PlayedShard
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DEFAULTS = Defaults(registry="registry.example", version="1.0.0", namespace="fleetlm-system")
+HANDOVER = timedelta(seconds=30)
 
 CRASHING = ContainerStatus(
     name="shard", restart_count=5, state=ContainerState(waiting=Waiting(reason="CrashLoopBackOff"))
@@ -88,6 +89,8 @@ class ModelCluster:
         self.volumes: dict[int, str] = {}
         self.crashed: dict[int, ContainerStatus] = {}
         self.words: dict[int, ShardWord] = {}
+        self.cordoned_nodes: set[str] = set()
+        """Each shard begins on a node of its own, `node0` and so on; later pods avoid those that are cordoned."""
         self.gateways_away = 0
         self.gateways_left = 0
         """Of an earlier template, and still there."""
@@ -146,6 +149,7 @@ class ModelCluster:
             words=dict(sorted(self.words.items())),
             children={key: Existing(object_meta(body), body) for key, body in self.children.items()},
             credential_whole=f"{SECRETS.kind} demo-credential" in self.children,
+            cordoned_nodes=frozenset(self.cordoned_nodes),
         )
 
     def _gateways(self, body: Object) -> Workload:
@@ -199,6 +203,12 @@ class ModelCluster:
         self.crashed[number] = container
         self._refresh()
 
+    def evict(self, number: int) -> None:
+        """A drain asks a pod to end: its shard serves on until others have its slots, or for HANDOVER at the most."""
+        pod = self.pods[number]
+        going = msgspec.structs.replace(pod.metadata, deletion_timestamp=self.now)
+        self.pods[number] = msgspec.structs.replace(pod, metadata=going)
+
     def images(self) -> list[str]:
         """The image of each pod, by ordinal."""
         return [pod.metadata.annotations["image"] for _, pod in sorted(self.pods.items())]
@@ -248,6 +258,13 @@ class ModelCluster:
     def _controllers(self) -> None:
         """The StatefulSet's controller, kubelets and shards."""
         shard_set = self.children.get(f"{STATEFUL_SETS.kind} demo-shard")
+        owners = set() if self.map is None else {found.owner for found in self.map.ranges}
+        self.pods = {
+            number: pod
+            for number, pod in self.pods.items()
+            if (since := pod.metadata.deletion_timestamp) is None
+            or (f"shard-{number}" in owners and self.now - since < HANDOVER)
+        }
         if shard_set is not None:
             template = shard_set["spec"]["template"]
             for number in range(shard_set["spec"]["replicas"]):
@@ -308,7 +325,8 @@ class ModelCluster:
         if name in self.played.shards and self.played.shards[name].up:
             self.played.shards[name].stop()
         address = f"10.0.{self._serial // 250}.{self._serial % 250}"
-        return Pod(metadata=meta, spec=PodSpec(node_name="node1"), status=PodStatus(pod_ip=address))
+        node = next(name for name in (f"node{number}", "spare") if name not in self.cordoned_nodes)
+        return Pod(metadata=meta, spec=PodSpec(node_name=node), status=PodStatus(pod_ip=address))
 
     def _refresh(self) -> None:
         self.pods = {number: self._with_status(number, pod) for number, pod in self.pods.items()}

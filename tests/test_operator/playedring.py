@@ -12,6 +12,7 @@ import msgspec
 from fleetlm_common.control import MoveProgress, Pin, RingSpec, ShardEndpoint, View
 from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.ring import RingMap
+from fleetlm_operator.mapsteps import Begin
 from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.planning import Decision, plan, shard_names
 
@@ -100,6 +101,8 @@ class PlayedController:
         """Observe and plan."""
         view = self._ring.view()
         self.decision = plan(view, self.memory, now_s=self._ring.now_s)
+        begun = [step.target for step in self.decision.steps if isinstance(step, Begin)]
+        assert not set(begun) & self._ring.without_new(), "nothing goes where nothing new should go"
         assert self.decision == plan(view, self.memory, now_s=self._ring.now_s)
         self._expected = None if view.map is None else view.map.epoch
         return self.decision
@@ -134,6 +137,8 @@ class PlayedRing:
         self.map: RingMap | None = None
         self.announcements: dict[ShardName, ShardEndpoint] = {}
         self.shards: dict[ShardName, PlayedShard] = {}
+        self.avoided: tuple[ShardName, ...] = ()
+        """As the view has it: their nodes are cordoned."""
         self.now_s = 0.0
         self.begun: list[str] = []
         self.committed: list[str] = []
@@ -141,7 +146,16 @@ class PlayedRing:
 
     def view(self) -> View:
         """What a look shows."""
-        return View(self.spec, self.map, dict(self.announcements))
+        return View(self.spec, self.map, dict(self.announcements), self.avoided)
+
+    def without_new(self) -> set[ShardName]:
+        """Members that get no slots now; nobody if that were all who may own some."""
+        eligible = {
+            name
+            for name in shard_names(self.spec)
+            if name not in self.spec.cordoned and self.map is not None and self.map.member(name) is not None
+        }
+        return set() if eligible <= set(self.avoided) else eligible & set(self.avoided)
 
     def ask(
         self,

@@ -96,11 +96,15 @@ def test_a_shard_that_leaves_gives_up_its_slots_only() -> None:
     assert moves_needed(owners, names(3)) == 64
 
 
-@pytest.mark.parametrize("members", [[], [*names(2), *names(1)]], ids=["nobody", "twice"])
-def test_slots_need_members(members: list[ShardName]) -> None:
-    """Nobody to own slots, or one of them twice, is a mistake of the caller."""
+@pytest.mark.parametrize(
+    ("members", "avoided"),
+    [([], []), ([*names(2), *names(1)], []), (names(2), names(3))],
+    ids=["nobody", "twice", "all-avoided"],
+)
+def test_slots_need_members(members: list[ShardName], avoided: list[ShardName]) -> None:
+    """Nobody to get slots, or one of them twice, is a mistake of the caller."""
     with pytest.raises(ValueError, match="members"):
-        assign([None], members)
+        assign([None], members, avoided=avoided)
 
 
 @given(rings(), st.data())
@@ -115,3 +119,82 @@ def test_pins_are_kept_and_the_rest_is_even(ring: tuple[Owners, list[ShardName]]
     lowest = min(counts[member] for member in members)
     assert all(counts[member] <= max(lowest + 1, pinned[member]) for member in members)
     assert assign(goal, members, pins) == goal
+
+
+@st.composite
+def rings_with_avoided(draw: st.DrawFn) -> tuple[Owners, list[ShardName], list[ShardName]]:
+    """Any ring, and any of its members but one avoided."""
+    owners, members = draw(rings())
+    avoided = draw(st.lists(st.sampled_from(names(9)), max_size=9, unique=True))
+    if set(members) <= set(avoided):
+        avoided.remove(draw(st.sampled_from(members)))
+    return owners, members, avoided
+
+
+def most_kept(owners: Owners, members: list[ShardName], avoided: list[ShardName]) -> tuple[int, list[int]]:
+    """How many slots can stay, and every member's number, sorted: found by giving out slots one at a time.
+
+    Each goes to who has the fewest; an avoided one takes no more than it holds; among equals who holds more goes first.
+    """
+    held = Counter(owner for owner in owners if owner in members)
+    counts = dict.fromkeys(members, 0)
+    for _ in owners:
+        takers = [each for each in members if each not in avoided or counts[each] < held[each]]
+        counts[min(takers, key=lambda each: (counts[each], -held[each]))] += 1
+    return sum(min(held[each], count) for each, count in counts.items()), sorted(counts.values())
+
+
+@given(rings_with_avoided())
+def test_avoided_members_keep_and_get_nothing(ring: tuple[Owners, list[ShardName], list[ShardName]]) -> None:
+    """What they have they keep up to a share; the rest is as even as that allows; no slot moves that need not."""
+    owners, members, avoided = ring
+    goal = assign(owners, members, avoided=avoided)
+    assert all(now == then for now, then in zip(owners, goal, strict=True) if then in avoided)
+    kept, shares = most_kept(owners, members, avoided)
+    counts = Counter(goal)
+    assert set(counts) <= set(members)
+    assert sorted(counts[each] for each in members) == shares
+    assert sum(now == then for now, then in zip(owners, goal, strict=True)) == kept
+
+
+@given(rings_with_avoided(), st.data())
+def test_a_plan_with_avoided_members_ends_where_it_was_going(
+    ring: tuple[Owners, list[ShardName], list[ShardName]], data: st.DataObject
+) -> None:
+    """From any part of the way there is as much left as there was; at its end nothing; without them all is even."""
+    owners, members, avoided = ring
+    goal = assign(owners, members, avoided=avoided)
+    done = data.draw(st.lists(st.booleans(), min_size=len(owners), max_size=len(owners)))
+    halfway = [then if moved else now for now, then, moved in zip(owners, goal, done, strict=True)]
+    again = assign(halfway, members, avoided=avoided)
+    left = sum(now != then for now, then in zip(halfway, goal, strict=True))
+    assert sum(now != then for now, then in zip(halfway, again, strict=True)) == left
+    assert assign(goal, members, avoided=avoided) == goal
+    counts = Counter(assign(goal, members))
+    assert max(counts[member] for member in members) - min(counts[member] for member in members) <= 1
+
+
+@given(rings_with_avoided(), st.data())
+def test_a_pin_brings_nothing_to_an_avoided_member(
+    ring: tuple[Owners, list[ShardName], list[ShardName]], data: st.DataObject
+) -> None:
+    """It holds what is there already, and waits otherwise; pins to others count as ever."""
+    owners, members, avoided = ring
+    pins = data.draw(st.dictionaries(st.integers(0, len(owners) - 1), st.sampled_from(names(9))))
+    goal = assign(owners, members, pins, avoided)
+    assert all(now == then for now, then in zip(owners, goal, strict=True) if then in avoided)
+    for slot, shard in pins.items():
+        assert goal[slot] == shard or shard not in members or (shard in avoided and owners[slot] != shard)
+    assert set(goal) <= set(members)
+    assert assign(goal, members, pins, avoided) == goal
+
+
+def test_a_pool_that_is_left_at_once_piles_nothing_up() -> None:
+    """Three of four nodes are cordoned: nothing moves. One of their shards goes: only the fourth gets its slots."""
+    owners = assign([None] * 256, names(4))
+    assert assign(owners, names(4), avoided=names(3)) == owners
+    assert Counter(assign(owners, names(4, 1)[:3], avoided=names(2, 1))) == {
+        "shard-1": 64,
+        "shard-2": 64,
+        "shard-3": 128,
+    }

@@ -147,6 +147,56 @@ def test_a_pin_moves_its_slots_and_holds_them() -> None:
     assert len(ring.begun) > begun
 
 
+def test_a_shard_on_a_cordoned_node_keeps_its_slots_and_gets_none() -> None:
+    """Who leaves meanwhile gives to the others; all is even again when the node takes pods."""
+    ring, controller = ring_of(3)
+    ring.avoided = (name(1),)
+    ring.settle([controller])
+    assert not ring.begun
+    assert controller.look().sentence.endswith("all ready; on cordoned nodes, so without new slots: shard-1")
+    ring.ask(cordoned=(name(0),))
+    ring.settle([controller])
+    assert counts(ring) == {"shard-1": 8, "shard-2": 16}
+    ring.ask(cordoned=())
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 8, "shard-1": 8, "shard-2": 8}
+    ring.ask(shards=4)
+    ring.settle([controller])
+    assert counts(ring) == dict.fromkeys(map(name, range(4)), 6), "it gives a shard that joins what is its share"
+    ring.ask(cordoned=(name(1),))
+    ring.settle([controller])
+    ring.ask(cordoned=())
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 8, "shard-2": 8, "shard-3": 8}
+    ring.avoided = ()
+    ring.settle([controller])
+    assert counts(ring) == dict.fromkeys(map(name, range(4)), 6)
+
+
+@pytest.mark.parametrize("state", ["Copying", "Sealing"])
+def test_a_move_to_a_node_that_is_cordoned_meanwhile_is_undone(state: str) -> None:
+    """Its slots stay where they are, or go to another shard; nothing is sent there and back."""
+    ring, controller = ring_of(2)
+    ring.ask(shards=3)
+    until(ring, controller, lambda found: any(move.state == state for move in found.moves))
+    ring.avoided = (name(2),)
+    assert "it is not wanted any more" in step(ring, controller)
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+    assert not ring.committed
+
+
+def test_node_cordons_on_all_who_may_own_slots_count_for_nobody() -> None:
+    """Somebody must take what others give: whoever goes is emptied all the same."""
+    ring, controller = ring_of(3)
+    ring.avoided = (name(0), name(1), name(2))
+    assert controller.look().sentence == "steady at epoch 1, 24 slots on 3 shards, all ready"
+    ring.avoided = (name(0), name(1))
+    ring.ask(cordoned=(name(2),))
+    ring.settle([controller])
+    assert counts(ring) == {"shard-0": 12, "shard-1": 12}
+
+
 def test_every_shard_cordoned_is_held() -> None:
     """Somebody must own the slots."""
     ring, controller = ring_of(2)
@@ -461,6 +511,13 @@ def _asks(shards: int, cordoned: list[int], pins: list[tuple[int, int, int]]) ->
     return happen
 
 
+def _nodes_are_cordoned(avoided: list[int]) -> Event:
+    def happen(ring: PlayedRing, _: list[PlayedController]) -> None:
+        ring.avoided = tuple(map(name, avoided))
+
+    return happen
+
+
 def _everybody_gets_on(times: int) -> Event:
     def happen(ring: PlayedRing, controllers: list[PlayedController]) -> None:
         for _ in range(times):
@@ -490,6 +547,7 @@ EVENTS = st.one_of(
         st.lists(ORDINALS, max_size=2, unique=True),
         st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1), ORDINALS), max_size=2),
     ),
+    st.builds(_nodes_are_cordoned, st.lists(ORDINALS, max_size=7, unique=True)),
     st.builds(_everybody_gets_on, st.integers(1, 4)),
     st.builds(_time_passes, st.sampled_from([0.5, 3.0, 20.0])),
 )
@@ -517,11 +575,19 @@ def test_any_history_ends_as_people_asked_for(shards: int, events: list[Event]) 
     if not eligible:
         return
     assert {member.name for member in the_map(ring).members} == set(wanted)
+    assert_as_asked(ring, eligible, ring.without_new())
+    ring.avoided = ()
+    ring.settle(controllers)
+    assert_as_asked(ring, eligible, set())
+
+
+def assert_as_asked(ring: PlayedRing, eligible: list[ShardName], avoided: set[ShardName]) -> None:
+    """Pins are kept, and all who may get slots have as many, within one; who may not has no more than they."""
     pinned = {slot: pin.shard for pin in ring.spec.pins for slot in range(pin.first, pin.last + 1)}
     owners = [found.owner for found in the_map(ring).owners()]
-    assert all(owners[slot] == shard for slot, shard in pinned.items() if shard in eligible)
-    free = Counter(owners)
+    assert all(owners[slot] == shard for slot, shard in pinned.items() if shard in set(eligible) - avoided)
+    owned = Counter(owners)
     at_least = Counter(shard for shard in pinned.values() if shard in eligible)
-    lowest = min(free[each] for each in eligible)
-    assert all(free[each] <= max(lowest + 1, at_least[each]) for each in eligible)
+    lowest = min(owned[each] for each in eligible if each not in avoided)
+    assert all(owned[each] <= max(lowest + 1, at_least[each]) for each in eligible)
     assert set(owners) <= set(eligible)

@@ -41,7 +41,7 @@ class World(KubeWorld):
     """Rings whose API server is away, but for one, where what is called never comes back and lets nobody cancel it."""
 
     def __init__(self, api: KubeApi, words: ShardWords) -> None:
-        super().__init__(api, now=lambda: START, new_credential=lambda: "", words=words)
+        super().__init__(api, now=lambda: START, new_credential=lambda: "", words=words, log=NullLogger())
         self.looks: list[str] = []
         self.released = asyncio.Event()
 

@@ -109,6 +109,9 @@ class View(msgspec.Struct, frozen=True):
     spec: RingSpec
     map: RingMap | None
     shards: Mapping[ShardName, ShardEndpoint]
+    avoided: tuple[ShardName, ...] = ()
+    """Shards that stand where nothing new should go (a cordoned node): they keep their slots and get no others, not
+    even by a pin. Nobody asks for this: controllers that can see it. It counts while another shard may get slots."""
 
 
 class ControlPlane(Protocol):

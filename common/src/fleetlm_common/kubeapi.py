@@ -30,6 +30,9 @@ from fleetlm_common.kubenames import Resource
 Object: TypeAlias = dict[str, Any]
 """A Kubernetes object as JSON. Whoever looks into one converts it to a type of its own first."""
 
+JSON: Final = "application/json"
+METADATA: Final = f"{JSON};as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""What a list is asked for when only names matter: objects that are large are not sent."""
 REQUEST_S: Final = 10.0
 """Longest request; the API server ends most of its own within seconds."""
 WATCH_S: Final = 240
@@ -138,13 +141,22 @@ class KubeApi:
         except ApiNotFound:
             return None
 
-    async def list(self, resource: Resource, namespace: str | None, *, labels: str = "", fields: str = "") -> Listing:
+    async def list(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        metadata_only: bool = False,
+    ) -> Listing:
         """A quorum read of all objects with these labels and fields."""
-        query = _selectors(labels, fields)
-        found = await self._ask("GET", resource.path(namespace), query=query)
+        query, accept = _selectors(labels, fields), METADATA if metadata_only else JSON
+        found = await self._ask("GET", resource.path(namespace), query=query, accept=accept)
         # A list's items leave out what they are; who compares them with what was asked for needs it.
         kind = {"apiVersion": resource.api, "kind": resource.kind}
-        return Listing([{**kind, **item} for item in found["items"]], found["metadata"]["resourceVersion"])
+        items = found["items"] or []  # a list of metadata without any is null
+        return Listing([{**kind, **item} for item in items], found["metadata"]["resourceVersion"])
 
     async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
         """Make an object that is not there yet."""
@@ -214,10 +226,11 @@ class KubeApi:
         *,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
-        content: str = "application/json",
+        content: str = JSON,
+        accept: str = JSON,
     ) -> Object:
         limits = aiohttp.ClientTimeout(total=REQUEST_S)
-        response = await self._send(method, path, query=query, body=body, content=content, limits=limits)
+        response = await self._send(method, path, query=query, body=body, content=content, accept=accept, limits=limits)
         try:
             found: Object = msgspec.json.decode(await _body(response))
         except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError) as error:
@@ -232,11 +245,12 @@ class KubeApi:
         limits: aiohttp.ClientTimeout,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
-        content: str = "application/json",
+        content: str = JSON,
+        accept: str = JSON,
     ) -> aiohttp.ClientResponse:
         """Ask; an answer that is no success raises."""
         url = self._client.configuration.host + path + (f"?{urlencode(query)}" if query else "")
-        headers = {"Accept": "application/json", "Content-Type": content, "User-Agent": self._client.user_agent}
+        headers = {"Accept": accept, "Content-Type": content, "User-Agent": self._client.user_agent}
         try:
             # The hook re-reads the pod's token, which is renewed each hour.
             await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)

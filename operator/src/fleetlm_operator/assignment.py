@@ -1,14 +1,16 @@
 """Which shard should own which slot. Pure.
 
-Promise: every member gets `slots // members` slots or one more (beside what people pinned); no slot moves that need
-not; the answer depends on the arguments only, so that any controller continues the same plan. Must not be done here:
-deciding who is a member, or moving anything (a target is not an owner: only a move makes one).
+Promise: every member gets `slots // members` slots or one more (beside what people pinned, and what an avoided member
+lacks); no slot moves that need not; the answer depends on the arguments only, so that any controller continues the same
+plan. Must not be done here: deciding who is a member, or moving anything (a target is not an owner: only a move makes
+one).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -18,7 +20,10 @@ NO_PINS: Final[Mapping[int, ShardName]] = MappingProxyType({})
 
 
 def assign(
-    owners: Sequence[ShardName | None], members: Sequence[ShardName], pins: Mapping[int, ShardName] = NO_PINS
+    owners: Sequence[ShardName | None],
+    members: Sequence[ShardName],
+    pins: Mapping[int, ShardName] = NO_PINS,
+    avoided: Collection[ShardName] = (),
 ) -> list[ShardName]:
     """The owners to aim for.
 
@@ -28,15 +33,21 @@ def assign(
         members: who may own slots, in the ring's order; among equals the earlier one gets the slot more.
         pins: slots that people want on a shard; those of others than `members` mean nothing. A shard with more pins
             than its share has exactly those, and the others share the rest.
+        avoided: members that keep what they have, up to a share, and get nothing, pins included; the others share what
+            is left.
 
     Raises:
-        ValueError: nobody may own slots, or a member is named twice.
+        ValueError: nobody may get slots, or a member is named twice.
     """
-    if not members or len(set(members)) != len(members):
-        raise ValueError("members must be different names, at least one")
-    pinned = {slot: shard for slot, shard in pins.items() if shard in members}
+    if len(set(members)) != len(members) or set(members) <= set(avoided):
+        raise ValueError("members must be different names, at least one that is not avoided")
+    pinned = {
+        slot: shard
+        for slot, shard in pins.items()
+        if shard in members and (shard not in avoided or owners[slot] == shard)
+    }
     held = Counter(pinned.get(slot, owner) for slot, owner in enumerate(owners) if owner is not None or slot in pinned)
-    room = _quotas(held, members, slots=len(owners), pinned=Counter(pinned.values()))
+    room = _quotas(held, members, slots=len(owners), pinned=Counter(pinned.values()), avoided=avoided)
     for shard in pinned.values():
         room[shard] -= 1
     kept: list[ShardName | None] = []
@@ -58,20 +69,24 @@ def moves_needed(owners: Sequence[ShardName], members: Sequence[ShardName]) -> i
 
 
 def _quotas(
-    held: Counter[ShardName | None], members: Sequence[ShardName], *, slots: int, pinned: Counter[ShardName]
+    held: Counter[ShardName | None],
+    members: Sequence[ShardName],
+    *,
+    slots: int,
+    pinned: Counter[ShardName],
+    avoided: Collection[ShardName],
 ) -> dict[ShardName, int]:
-    """How many slots each member gets: those that hold most get the one more, which moves the fewest."""
-    quotas: dict[ShardName, int] = {}
-    sharing = list(members)
-    while True:
-        share, extra = divmod(slots, len(sharing))
-        full = [member for member in sharing if pinned[member] > share]
-        if len(full) <= extra and all(pinned[member] == share + 1 for member in full):
-            break
-        # More pins than an even share: they count as they are, and what is left is shared by the others.
-        for member in full:
-            quotas[member] = pinned[member]
-            slots -= pinned[member]
-            sharing.remove(member)
-    by_holding = sorted(sharing, key=lambda member: (pinned[member] <= share, -held[member]))
-    return quotas | {member: share + (place < extra) for place, member in enumerate(by_holding)}
+    """How many slots each member gets: one level for all, but no less than its pins, and no more than the avoided have.
+
+    Those that hold most get the one more, which moves the fewest.
+    """
+
+    def at(level: int) -> dict[ShardName, int]:
+        raised = {member: max(level, pinned[member]) for member in members}
+        return {each: min(count, held[each]) if each in avoided else count for each, count in raised.items()}
+
+    # The highest level for which there are slots enough; what is left of them reaches the next one for some.
+    level = bisect_right(range(slots + 1), slots, key=lambda level: sum(at(level).values())) - 1
+    quotas, higher = at(level), at(level + 1)
+    risers = sorted((each for each in members if higher[each] > quotas[each]), key=lambda each: -held[each])
+    return quotas | {each: higher[each] for each in risers[: slots - sum(quotas.values())]}

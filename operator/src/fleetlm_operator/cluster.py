@@ -36,7 +36,7 @@ from fleetlm_operator.shardwords import ShardWords
 
 WATCHED: Final = (RING_MAPS, LEASES, PODS, STATEFUL_SETS, DEPLOYMENTS, SERVICES, CLAIMS)
 """Children whose changes are hints. Others (accounts, roles, policies, the Secret) are seen at the next resync:
-watching Secrets would need the right to list them all."""
+watching Secrets would need the right to list them all. So are nodes: a cordon alone asks for no step."""
 WATCH_AGAIN_S: Final = 2.0
 """Pause before kopf is started again after it ended."""
 CREDENTIAL_BYTES: Final = 32
@@ -114,6 +114,7 @@ class Operator:
                 now=_now,
                 new_credential=lambda: secrets.token_urlsafe(CREDENTIAL_BYTES),
                 words=words,
+                log=self._log,
             )
             reconciler = Reconciler(
                 self._api,

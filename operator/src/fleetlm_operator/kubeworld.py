@@ -10,14 +10,14 @@ import asyncio
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
 
 from fleetlm_common.control import RingSpec, ShardEndpoint
 from fleetlm_common.ids import ShardName
-from fleetlm_common.kubeapi import ApiError, ApiExists, ApiNotFound, KubeApi, Object
+from fleetlm_common.kubeapi import ApiError, ApiExists, ApiNotFound, ApiRefused, KubeApi, Object
 from fleetlm_common.kubemap import read_ring_map, ring_map_spec
 from fleetlm_common.kubenames import (
     COMPONENT_LABEL,
@@ -36,6 +36,7 @@ from fleetlm_common.kubenames import (
     shard_service,
     shard_workload,
 )
+from fleetlm_common.logs import Logger
 from fleetlm_operator.observed import (
     Claim,
     Existing,
@@ -53,6 +54,7 @@ from fleetlm_operator.resources import (
     DEPLOYMENTS,
     DISRUPTION_BUDGETS,
     NETWORK_POLICIES,
+    NODES,
     PODS,
     ROLE_BINDINGS,
     ROLES,
@@ -77,6 +79,12 @@ from fleetlm_operator.workloads import TEMPLATE_LABEL
 
 READS_MAX: Final = 8
 """Reads of one observation at once: polite to the API server, and a ring needs some twenty."""
+CORDONED: Final = "spec.unschedulable=true"
+"""Field selector: the server leaves out the nodes that take pods, which is nearly all of them nearly always."""
+FORBIDDEN: Final = 403
+"""HTTP status of what RBAC does not allow."""
+NODES_AGAIN: Final = timedelta(minutes=5)
+"""Between two tries to look at nodes without the right; it may be granted while the operator runs."""
 
 
 class KubeWorld:
@@ -87,12 +95,21 @@ class KubeWorld:
         now: the time, for ages of pods.
         new_credential: makes a secret that nobody can guess.
         words: asks shards how they are.
+        log: where it is said that nodes cannot be looked at.
     """
 
     def __init__(
-        self, api: KubeApi, *, now: Callable[[], datetime], new_credential: Callable[[], str], words: ShardWords
+        self,
+        api: KubeApi,
+        *,
+        now: Callable[[], datetime],
+        new_credential: Callable[[], str],
+        words: ShardWords,
+        log: Logger,
     ) -> None:
         self._api = api
+        self._log = log
+        self._nodes_refused: datetime | None = None
         self._words = words
         self._now = now
         self._new_credential = new_credential
@@ -130,10 +147,29 @@ class KubeWorld:
                 pods = tasks.create_task(shards())
                 claims = tasks.create_task(listed(CLAIMS, shard_labels))
                 leases = tasks.create_task(listed(LEASES, own_labels))
+                nodes = tasks.create_task(self._cordoned_nodes())
         except* ApiError as failures:
             raise _first(failures) from failures
         singles = {key: body for key, body in (task.result() for task in gets) if body is not None}
-        return self._assembled(ring, singles, shards=pods.result(), claims=claims.result(), leases=leases.result())
+        seen = self._assembled(ring, singles, shards=pods.result(), claims=claims.result(), leases=leases.result())
+        return msgspec.structs.replace(seen, cordoned_nodes=nodes.result())
+
+    async def _cordoned_nodes(self) -> frozenset[str]:
+        """Names of the nodes that take no pods; none without the right to list nodes, which is said once."""
+        now = self._now()
+        if self._nodes_refused is not None and now - self._nodes_refused < NODES_AGAIN:
+            return frozenset()
+        try:
+            found = (await self._api.list(NODES, None, fields=CORDONED, metadata_only=True)).items
+        except ApiRefused as error:
+            if error.status != FORBIDDEN:
+                raise
+            if self._nodes_refused is None:
+                self._log.event("nodes_unseen", why="no right to list nodes: cordoned ones count like all others")
+            self._nodes_refused = now
+            return frozenset()
+        self._nodes_refused = None
+        return frozenset(node["metadata"]["name"] for node in found)
 
     async def observe_moves(self, seen: Observed) -> Observed:
         """What of a ring changes while slots move, afresh: the map, the pods, the announcements.

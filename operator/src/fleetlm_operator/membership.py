@@ -54,7 +54,14 @@ def view_of(seen: Observed, cordoned: Collection[ShardName] = ()) -> View:
         cordoned=tuple(cordoned),
         given_up=seen.ring.spec.given_up_volumes,
     )
-    return View(spec=spec, map=seen.map_seen.map, shards=shards)
+    return View(spec=spec, map=seen.map_seen.map, shards=shards, avoided=_on_cordoned_nodes(seen))
+
+
+def _on_cordoned_nodes(seen: Observed) -> tuple[ShardName, ...]:
+    """Shards whose node takes no pods and is likely to be drained: what moves to them would move again."""
+    return tuple(
+        ShardName(f"shard-{number}") for number, pod in seen.pods.items() if pod.spec.node_name in seen.cordoned_nodes
+    )
 
 
 def _shown(seen: Observed, said: ShardEndpoint) -> ShardEndpoint | None:

@@ -65,11 +65,11 @@ class Moves(msgspec.Struct, frozen=True, kw_only=True):
     """Time alone changes something so soon."""
 
 
-def projected(ring: RingMap, eligible: Collection[ShardName]) -> list[ShardName]:
-    """The owner of each slot once the moves in flight are done, as far as their targets may own slots."""
+def projected(ring: RingMap, takers: Collection[ShardName]) -> list[ShardName]:
+    """The owner of each slot once the moves in flight are done, as far as their targets may get slots."""
     owners = [found.owner for found in ring.owners()]
     for move in ring.moves:
-        if move.target in eligible:
+        if move.target in takers:
             for slot in move.slots:
                 owners[slot] = move.target
     return owners
@@ -98,6 +98,7 @@ def decide(
     ring: RingMap,
     eligible: Sequence[ShardName],
     *,
+    avoided: Collection[ShardName],
     pins: Mapping[int, ShardName],
     draining_only: bool,
     memory: Memory,
@@ -108,7 +109,8 @@ def decide(
     Args:
         view: what was seen.
         ring: the map in it.
-        eligible: the members that may own slots, in the ring's order; at least one.
+        eligible: the members that may own slots, in the ring's order; at least one that is not avoided.
+        avoided: those of them that keep what they have and get nothing.
         pins: slots that people want on a shard.
         draining_only: begin only what empties shards that may own nothing.
         memory: of the looks before.
@@ -116,7 +118,8 @@ def decide(
     """
     said = {move.id: progress(view, ring, move) for move in ring.moves}
     memory = memory.watching({move.id: (move, _words(said[move.id])) for move in ring.moves}, now_s)
-    wanted = assign(projected(ring, eligible), eligible, pins)
+    takers = [each for each in eligible if each not in avoided]
+    wanted = assign(projected(ring, takers), eligible, pins, avoided)
     steps: list[Step] = []
     stalls: list[Stall] = []
     for move in ring.moves:

@@ -196,6 +196,8 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What shards say of themselves, by ordinal; one that did not answer is left out."""
     credential_whole: bool
     """The Secret has its key."""
+    cordoned_nodes: frozenset[str] = frozenset()
+    """Nodes that take no pods; none where the operator may not look at nodes."""
 
 
 def object_meta(found: Object) -> Meta:

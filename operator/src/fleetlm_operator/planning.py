@@ -6,6 +6,7 @@
     asked for, announced          it joins, without slots
     a member, not asked for       it leaves when it owns nothing and says so itself
     uneven, pinned, cordoned      moves (`moving.py`)
+    avoided (its node goes soon)  it keeps what it has and gets nothing, unless that holds for all
 
 Promise: a slot changes its owner only by a confirmed move, and because of what people asked for; never because a shard
 is silent, slow or busy. Must not be done here: I/O, reading clocks.
@@ -164,13 +165,25 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
     shared = _shared_volume(view, current, joins)
     members = [name for name in wanted if current.member(name) is not None]
     eligible = [name for name in members if name not in view.spec.cordoned]
+    avoided = [name for name in eligible if name in view.avoided]
+    if avoided == eligible:  # somebody must take what others give
+        avoided = []
     holds = [shared] if shared else []
     steps: list[Step] = [] if shared else [Join(Member(name, view.shards[name].volume_id)) for name in joins]
     moves = None
     if eligible:
         patient = any(now_s - since_s < JOIN_WAIT_S for since_s in memory.awaited_since_s.values())
         pins = {slot: pin.shard for pin in view.spec.pins for slot in range(pin.first, pin.last + 1)}
-        moves = decide(view, current, eligible, pins=pins, draining_only=patient, memory=memory, now_s=now_s)
+        moves = decide(
+            view,
+            current,
+            eligible,
+            avoided=avoided,
+            pins=pins,
+            draining_only=patient,
+            memory=memory,
+            now_s=now_s,
+        )
         memory = moves.memory
         steps += moves.steps
     elif members:
@@ -192,6 +205,8 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
     sentence = "; ".join(text for _, text in findings)
     reason: Reason = findings[0][0] if findings else "Steady"
     text = f"{sentence} ({_at_epoch(new_map or current)})" if sentence else f"steady at {_at_epoch(current)}, all ready"
+    if avoided:
+        text += f"; on cordoned nodes, so without new slots: {_listed(avoided)}"
     return Decision(new_map, reason, text, steps=tuple(steps), memory=memory, again_s=again_s, slots_left=left)
 
 

@@ -10,6 +10,7 @@ from fleetlm_common.kubenames import Resource
 STATEFUL_SETS: Final = Resource("apps/v1", "StatefulSet", "statefulsets")
 DEPLOYMENTS: Final = Resource("apps/v1", "Deployment", "deployments")
 PODS: Final = Resource("v1", "Pod", "pods")
+NODES: Final = Resource("v1", "Node", "nodes")
 CLAIMS: Final = Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 SERVICES: Final = Resource("v1", "Service", "services")
 SECRETS: Final = Resource("v1", "Secret", "secrets")
