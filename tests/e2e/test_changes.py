@@ -167,3 +167,23 @@ async def test_slots_avoid_a_cordoned_node(changed: Ring) -> None:
         await changed.ready()
 
     await under_traffic(changed, "a shard leaves while a node is cordoned", script)
+
+
+@pytest.mark.long
+async def test_cordons_and_pins(changed: Ring) -> None:
+    """`cordoned` empties a shard under traffic, `pins` fill one; taken back, all is even."""
+    last = 99
+
+    async def script(traffic: Traffic) -> None:
+        pins = [{"first": 0, "last": last, "shard": "shard-2"}]
+        await changed.apply({"version": images.version(), "replicas": 3, "cordoned": ["shard-1"], "pins": pins})
+        await changed.ready()
+        assert (await slots_of(changed))["shard-1"] == 0
+        ranges = (await get(changed.namespace, "ringmap", changed.name))["spec"]["map"]["ranges"]
+        assert {found["owner"] for found in ranges if found["first"] <= last} == {"shard-2"}
+        await traffic.progress()
+        await changed.apply({"version": images.version(), "replicas": 3})
+        await changed.ready()
+        assert await shares(changed) == {f"shard-{number}" for number in range(3)}
+
+    await under_traffic(changed, "a shard is cordoned, slots are pinned, and both taken back", script)

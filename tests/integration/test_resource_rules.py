@@ -15,6 +15,12 @@ from tests.support.operatorworld import World
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.timeout(180)]
 
+
+def pin(first: int, last: int, shard: str = "shard-0") -> Object:
+    """A pin as people write it."""
+    return {"first": first, "last": last, "shard": shard}
+
+
 REFUSED: Final[list[tuple[Object, str]]] = [
     ({"slots": 256}, "make a new ShardRing to have another"),
     ({"storage": {"size": "9Gi"}}, "a volume cannot shrink"),
@@ -24,6 +30,14 @@ REFUSED: Final[list[tuple[Object, str]]] = [
     ({"hot": {"maxBytes": "1Ki"}}, "at least 1Mi"),
     ({"drain": {"timeoutSeconds": 100}}, "at least timeoutSeconds + 25"),
     ({"replicas": 101}, "less than or equal to 100"),
+    ({"cordoned": ["demo-shard-1"]}, "should match"),
+    ({"cordoned": ["shard-100"]}, "should match"),
+    ({"pins": [pin(3, 2)]}, "last slot comes before its first"),
+    ({"pins": [pin(0, 3), pin(9, 9), pin(3, 4)]}, "two pins name the same slot"),
+    ({"pins": [pin(0, 3), pin(0, 0)]}, "Duplicate value"),
+    ({"pins": [pin(500, 512)]}, "the last one is slots - 1"),
+    ({"pins": [pin(0, 3, "shard-01")]}, "should match"),
+    ({"pins": [pin(4 * n, 4 * n + 1) for n in range(65)]}, "at most 64 items"),
 ]
 RULES: Final = "x-kubernetes-validations"
 
@@ -63,6 +77,13 @@ async def test_each_rule_refuses_with_its_message(world: World) -> None:
         body = {"apiVersion": SHARD_RINGS.api, "kind": SHARD_RINGS.kind, "metadata": {"name": name}}
         with pytest.raises(ApiRefused, match=words):
             await world.api.apply(SHARD_RINGS, world.namespace, body, manager="t")
+
+
+async def test_as_many_pins_and_cordons_as_there_may_be(world: World) -> None:
+    """The API server finds the rules cheap enough for them; shards that are not there may be named."""
+    spec: Object = {"pins": [pin(8 * n, 8 * n + 7, f"shard-{n}") for n in range(64)]}
+    await world.make({**spec, "cordoned": [f"shard-{n}" for n in range(100)]})
+    assert len((await world.ring())["spec"]["pins"]) == 64
 
 
 async def test_an_epoch_never_goes_back(world: World) -> None:

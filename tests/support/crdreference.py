@@ -71,6 +71,8 @@ def _fields(path: str, node: Schema) -> Iterator[tuple[str, Schema]]:
 def _rules(path: str, node: Schema) -> Iterator[str]:
     for rule in node.get("x-kubernetes-validations", []):
         yield f"- {f'`{path}`: ' if path else ''}{rule['message']}"
+    if "items" in node:
+        yield from _rules(f"{path}[]", node["items"])
 
 
 def _row(path: str, node: Schema) -> str:

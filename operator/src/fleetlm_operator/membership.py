@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from fleetlm_common.control import RingSpec, ShardEndpoint, View
+from fleetlm_common.control import Pin, RingSpec, ShardEndpoint, View
 from fleetlm_common.ids import ShardName
 from fleetlm_common.kubenames import ordinal_of
 from fleetlm_common.ring import RingMap
@@ -52,6 +52,7 @@ def view_of(seen: Observed, cordoned: Collection[ShardName] = ()) -> View:
         slots=seen.map_seen.slots,
         shards=seen.ring.spec.replicas,
         cordoned=tuple(cordoned),
+        pins=tuple(Pin(pin.first, pin.last, pin.shard) for pin in seen.ring.spec.pins),
         given_up=seen.ring.spec.given_up_volumes,
     )
     return View(spec=spec, map=seen.map_seen.map, shards=shards, avoided=_on_cordoned_nodes(seen))
@@ -59,9 +60,7 @@ def view_of(seen: Observed, cordoned: Collection[ShardName] = ()) -> View:
 
 def _on_cordoned_nodes(seen: Observed) -> tuple[ShardName, ...]:
     """Shards whose node takes no pods and is likely to be drained: what moves to them would move again."""
-    return tuple(
-        ShardName(f"shard-{number}") for number, pod in seen.pods.items() if pod.spec.node_name in seen.cordoned_nodes
-    )
+    return tuple(_name(number) for number, pod in seen.pods.items() if pod.spec.node_name in seen.cordoned_nodes)
 
 
 def _shown(seen: Observed, said: ShardEndpoint) -> ShardEndpoint | None:
@@ -116,36 +115,58 @@ def going(seen: Observed, template: str) -> list[int]:
 
 
 def cordons(seen: Observed, numbers: Sequence[int]) -> tuple[ShardName, ...]:
-    """These shards may own nothing; unless nobody would be left."""
+    """Shards that may own nothing: those that people cordoned, and `numbers` unless nobody ready would be left.
+
+    What people cordoned counts whether others are ready or not: while the last of these restarts, slots must not move
+    back.
+    """
+    asked = _cordoned_by_people(seen)
+    own = tuple(name for name in map(_name, numbers) if name not in asked)
+    left = any(_is_ready(seen, number) and _name(number) not in (*asked, *own) for number in _staying(seen))
+    return (*asked, *own) if left else asked
+
+
+def cordons_ignored(seen: Observed) -> bool:
+    """Whether people cordoned every member that is asked for: somebody must own the slots, so none of it counts."""
+    staying = _staying(seen)
+    return bool(staying) and all(_name(number) in seen.ring.spec.cordoned for number in staying)
+
+
+def _cordoned_by_people(seen: Observed) -> tuple[ShardName, ...]:
+    """Shards that people want to own nothing, as far as that counts."""
+    return () if cordons_ignored(seen) else seen.ring.spec.cordoned
+
+
+def _name(number: int) -> ShardName:
+    return ShardName(f"shard-{number}")
+
+
+def _staying(seen: Observed) -> list[int]:
+    """Members that are asked for."""
     ring_map = map_of(seen)
     members = [] if ring_map is None else [ordinal_of(member.name) for member in ring_map.members]
-    left = [
-        number
-        for number in members
-        if number < seen.ring.spec.replicas
-        and number not in numbers
-        and number in seen.pods
-        and is_ready(seen.pods[number])
-    ]
-    return tuple(ShardName(f"shard-{number}") for number in numbers) if left else ()
+    return [number for number in members if number < seen.ring.spec.replicas]
+
+
+def _is_ready(seen: Observed, number: int) -> bool:
+    return number in seen.pods and is_ready(seen.pods[number])
 
 
 def is_empty(seen: Observed, number: int) -> bool:
     """Whether a shard has nothing that anybody could miss, by the map and by its own word."""
-    ring_map, name = map_of(seen), ShardName(f"shard-{number}")
+    ring_map, name = map_of(seen), _name(number)
     if ring_map is None or ring_map.member(name) is None:
         return True
     return serves_nothing(view_of(seen), ring_map, name)
 
 
 def can_hand_over(seen: Observed, number: int) -> bool:
-    """Whether it can give its slots to somebody: it serves, it knows how, and so does another shard that stays."""
+    """Whether it can give its slots to somebody: it serves, it knows how, and so does another that may have them."""
 
     def able(other: int) -> bool:
-        said = seen.endpoints.get(ShardName(f"shard-{other}"))
-        return other in seen.pods and is_ready(seen.pods[other]) and said is not None and said.serves >= 0
+        said = seen.endpoints.get(_name(other))
+        return _is_ready(seen, other) and said is not None and said.serves >= 0
 
-    ring_map = map_of(seen)
-    members = [] if ring_map is None else [ordinal_of(member.name) for member in ring_map.members]
-    others = [other for other in members if other != number and other < seen.ring.spec.replicas]
-    return number in members and able(number) and any(able(other) for other in others)
+    staying, cordoned = _staying(seen), _cordoned_by_people(seen)
+    takers = [other for other in staying if other != number and _name(other) not in cordoned]
+    return number in staying and able(number) and any(map(able, takers))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from fleetlm_common.ids import ShardName, Slot
 from fleetlm_common.kubeapi import Object
 
 
@@ -150,6 +151,14 @@ class VolumeRetention(Part, frozen=True):
     when_scaled: Literal["Retain", "Delete"] = "Retain"
 
 
+class PinnedSlots(Part, frozen=True):
+    """Slots `first` to `last` are wanted on `shard`."""
+
+    first: Slot
+    last: Slot
+    shard: ShardName
+
+
 class Spec(Part, frozen=True):
     """What is asked for."""
 
@@ -171,6 +180,8 @@ class Spec(Part, frozen=True):
     network_policy: Network = Network()
     volume_retention: VolumeRetention = VolumeRetention()
     given_up_volumes: tuple[str, ...] = ()
+    cordoned: tuple[ShardName, ...] = ()
+    pins: tuple[PinnedSlots, ...] = ()
     deletion_policy: Literal["Delete", "Orphan"] = "Delete"
     paused: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

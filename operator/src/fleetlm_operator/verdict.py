@@ -14,7 +14,7 @@ import msgspec
 
 from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubenames import CLIENT_PORT, gateway_workload, ordinal_of, selector
-from fleetlm_operator.membership import map_of, view_of
+from fleetlm_operator.membership import cordons_ignored, map_of, view_of
 from fleetlm_operator.observed import Observed, is_ready
 from fleetlm_operator.planning import volumes_lost
 from fleetlm_operator.resources import DEPLOYMENTS
@@ -43,6 +43,7 @@ ProgressingReason = Literal[
     "Scaling",
     "Rebalancing",
     "StorageNotExpandable",
+    "CordonsIgnored",
     "Stalled",
     "Paused",
     "Deleting",
@@ -379,6 +380,9 @@ def _progressing(facts: _Facts, operation: str, stalled: Said) -> Said:
     if storage is not None:
         text = f"volumes keep their size, new ones get {spec.storage.size}: {storage.message}"
         return Said("False", "StorageNotExpandable", text)
+    if cordons_ignored(facts.seen):
+        text = "spec.cordoned names every shard, so none of it counts: somebody must own the slots"
+        return Said("False", "CordonsIgnored", text)
     return Said("False", "Settled", "everything is as asked")
 
 
