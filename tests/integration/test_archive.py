@@ -21,12 +21,14 @@ from fleetlm_common import rpc
 from fleetlm_shard.archive.compare import compare
 from fleetlm_shard.archive.pruning import prune
 from fleetlm_shard.archive.schema import WEEK_US
+from tests.support.clockstep import ClockStep
 from tests.support.postgres import empty_database, running
 from tests.support.rpcclient import RpcClient, draft
 from tests.support.shardprocess import ShardProcess, ShardRing
 from tests.support.tcpproxy import READ_BYTES, SocketProxy
 
 WAIT_S = 60.0
+WEEK_S = WEEK_US // 1_000_000
 POLL_S = 0.05
 
 
@@ -186,6 +188,57 @@ async def test_kills_of_shard_archiver_and_database_lose_and_double_nothing(tmp_
             found = await compare(tmp_path / "shard-0", it.dsn, progress=lambda _done, _all: None)
             assert (found.ok, found.checked) == (True, number * len(sessions))
         assert number * len(sessions) == sum(map(len, (await it.archived()).values()))
+
+
+async def test_poisoned_rows_and_a_clock_that_jumps_between_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL refuses rows at random, time jumps by weeks, anybody dies: table and quarantine are the log, once."""
+    source = random.Random(20261129)
+    sessions = [f"s{number}" for number in range(6)]
+    clock = ClockStep(tmp_path)
+    for name, value in clock.env.items():
+        monkeypatch.setenv(name, value)
+    async with rig(tmp_path) as it:
+        async with it.shard() as shard, await shard.client() as client:
+            await append_some(client, sessions, first=0, count=1)
+            await caught_up(shard)
+        connection = await asyncpg.connect(it.dsn)
+        await connection.execute("ALTER TABLE fleetlm.messages ADD CHECK (position('poison'::bytea IN body) = 0)")
+        await connection.close()
+        poisoned = number = 0
+        for _ in range(4):
+            async with it.shard() as shard, await shard.client() as client:
+                for _ in range(4):
+                    clock.set(source.choice([-3 * WEEK_S, -3600, 0, 5, 2 * WEEK_S]))
+                    for session in sessions * source.randrange(1, 12):
+                        poison = source.random() < 0.1
+                        poisoned += poison
+                        number += 1
+                        await client.append(session, f"{'poison' if poison else 'good'} {number}")
+                    if source.random() < 0.3:
+                        for child in psutil.Process(shard.pid).children():
+                            child.kill()
+                    elif source.random() < 0.3:
+                        await it.server.crash()
+                        await it.server.start()
+                await shard.kill()
+        async with it.shard() as shard, await shard.client() as client:
+            await caught_up(shard)
+            connection = await asyncpg.connect(it.dsn)
+            try:
+                kept = await connection.fetch(
+                    "SELECT session, seq, body, false AS refused FROM fleetlm.messages UNION ALL"
+                    " SELECT session, seq, body, true FROM fleetlm.quarantine ORDER BY session, seq"
+                )
+            finally:
+                await connection.close()
+            assert sum(row["refused"] for row in kept) == poisoned > 0
+            assert all(row["refused"] == (b"poison" in row["body"]) for row in kept)
+            found: dict[str, list[bytes]] = {}
+            for row in kept:
+                found.setdefault(row["session"].decode(), []).append(row["body"])
+            assert decoded(found) == await log_of(client, sessions)
 
 
 async def test_a_bad_network_before_the_database(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import aiohttp
 import asyncpg
 import msgspec
+import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration import moves
 from tests.support.fleet import Fleet, fleet
 from tests.support.load import clean
+from tests.support.upcommands import fleetlm
 
 WAIT_S = 90.0
 
@@ -63,3 +66,50 @@ async def test_the_archive_equals_the_sessions_wherever_they_went(tmp_path: Path
             while sum(map(len, found.values())) < sum(map(len, wanted.values())):
                 found = await archived(running)
         assert found == wanted
+
+
+@pytest.mark.timeout(300)
+async def test_an_elder_that_slept_archives_what_it_gave_away(tmp_path: Path) -> None:
+    """Its archiver sleeps, its slots go, it sleeps itself; the target archives all, and so does it when it wakes."""
+    sessions = [f"s{number}" for number in range(12)]
+    async with fleet(tmp_path / "ring", shards=2, slots=16, archive="embedded") as running:
+
+        async def append(first: int) -> None:
+            async with aiohttp.ClientSession(headers={"X-Participant-Id": "writer"}, base_url=running.url) as http:
+                for number in range(first, first + 5):
+                    for session in sessions:
+                        body = {"content": number, "idempotency_key": f"{session}-{number}"}
+                        async with http.post(f"/v1/sessions/{session}/messages", json=body) as answer:
+                            assert (await answer.json())["seq"] == number
+
+        async def archived_all(last: int) -> None:
+            async with asyncio.timeout(WAIT_S):
+                while sum(map(len, (await archived(running)).values())) < last * len(sessions):
+                    pass
+
+        await append(1)
+        await archived_all(5)
+        elder = psutil.Process(running.pid("shard-0"))
+        [archiver] = elder.children()
+        archiver.suspend()
+        await append(6)
+        moved = await asyncio.to_thread(fleetlm, "move", "0-15", "--to", "shard-1", "--data", str(running.data))
+        assert moved.returncode == 0, moved.stderr
+        assert await lag(running, "shard-0") > 0
+        elder.suspend()
+        await append(11)
+        await archived_all(15)
+        elder.resume()
+        archiver.resume()
+        async with asyncio.timeout(WAIT_S):
+            while await lag(running, "shard-0") or await lag(running, "shard-1"):
+                pass
+        assert await archived(running) == await replayed(running)
+
+
+async def lag(running: Fleet, shard: str) -> float:
+    """Bytes that a shard's archiver has before it."""
+    async with aiohttp.ClientSession() as http, http.get(f"{running.ops_url(shard)}/metrics") as answer:
+        text = await answer.text()
+    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    return found["fleetlm_shard_archive_lag_bytes"]

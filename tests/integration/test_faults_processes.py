@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
-import struct
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +16,11 @@ import pytest
 
 from tests.fuzz import wsclient
 from tests.integration.kills import Plan
+from tests.support.clockstep import ClockStep
 from tests.support.faultload import FaultRun, under_load
 from tests.support.load import clean
 from tests.support.procwatch import sample, settled
 
-CLOCKSTEP = Path(__file__).parents[1] / "support" / "clockstep.c"
 PROBE = "/openapi.json"
 
 
@@ -169,18 +168,14 @@ async def test_ten_thousand_connects_at_once(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 async def test_the_wall_clock_jumps(tmp_path: Path) -> None:
     """A day back, two forward, back again, while everything runs and over a restart: only time stamps show it."""
-    shim, now = tmp_path / "clockstep.so", tmp_path / "step"
-    now.write_bytes(bytes(8))
-    compiled = await asyncio.create_subprocess_exec("cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(CLOCKSTEP))
-    assert await compiled.wait() == 0, "a C compiler is needed to step the clock of some processes only"
+    clock = ClockStep(tmp_path)
 
     async def script(run: FaultRun) -> None:
         url = f"{run.urls[0]}/v1/sessions/stamps/messages"
         stamps: list[str] = []
         async with aiohttp.ClientSession(headers={"X-Participant-Id": "clock"}) as http:
             for step_s in (-86_400, 172_800, -10, 0):
-                with now.open("r+b") as file:
-                    file.write(struct.pack("@l", step_s))
+                clock.set(step_s)
                 await run.progress()
                 async with http.post(url, json={"content": step_s}) as answer:
                     stamps.append((await answer.json())["inserted_at"])
@@ -190,5 +185,4 @@ async def test_the_wall_clock_jumps(tmp_path: Path) -> None:
         days = [datetime.fromisoformat(stamp).date().toordinal() for stamp in stamps]
         assert days[1] - days[0] == 3, "the clock did not jump"
 
-    env = {"LD_PRELOAD": str(shim), "CLOCKSTEP_FILE": str(now)}
-    clean(await under_load(tmp_path, script, env=env))
+    clean(await under_load(tmp_path, script, env=clock.env))
