@@ -45,6 +45,8 @@ async def archived(running: Fleet) -> dict[str, list[object]]:
         rows = await connection.fetch("SELECT session, body FROM fleetlm.messages ORDER BY session, seq")
         for table in ("halted", "quarantine"):
             assert await connection.fetchval(f"SELECT count(*) FROM fleetlm.{table}") == 0
+    except asyncpg.UndefinedTableError:  # nobody has archived yet
+        return {}
     finally:
         await connection.close()
     found: dict[str, list[object]] = {}
