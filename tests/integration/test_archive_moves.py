@@ -93,16 +93,18 @@ async def test_an_elder_that_slept_archives_what_it_gave_away(tmp_path: Path) ->
         await archived_all(5)
         elder = psutil.Process(running.pid("shard-0"))
         [archiver] = elder.children()
-        archiver.suspend()
-        await append(6)
-        moved = await asyncio.to_thread(fleetlm, "move", "0-15", "--to", "shard-1", "--data", str(running.data))
-        assert moved.returncode == 0, moved.stderr
-        assert await lag(running, "shard-0") > 0
-        elder.suspend()
-        await append(11)
-        await archived_all(15)
-        elder.resume()
-        archiver.resume()
+        try:
+            archiver.suspend()
+            await append(6)
+            moved = await asyncio.to_thread(fleetlm, "move", "0-15", "--to", "shard-1", "--data", str(running.data))
+            assert moved.returncode == 0, moved.stderr
+            assert await lag(running, "shard-0") > 0
+            elder.suspend()
+            await append(11)
+            await archived_all(15)
+        finally:
+            elder.resume()
+            archiver.resume()
         async with asyncio.timeout(WAIT_S):
             while await lag(running, "shard-0") or await lag(running, "shard-1"):
                 pass
