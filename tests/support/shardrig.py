@@ -120,6 +120,7 @@ class Rig:
     clock: RigClock
     control: MemoryControlPlane
     writer: HeldLane
+    preparer: HeldLane
     port: int = 0
     stored: list[RingMap] = field(default_factory=list[RingMap])
     stopped: list[BaseException] = field(default_factory=list[BaseException])
@@ -223,7 +224,7 @@ async def shard_rig(
 def _make(booted: Booted, inputs: BootInputs, control: MemoryControlPlane, clock: RigClock) -> Rig:
     """The shard, not serving yet."""
     loop = asyncio.get_running_loop()
-    writer, inline = HeldLane(loop), InlineLane(loop)
+    writer, preparer, inline = HeldLane(loop), HeldLane(loop), InlineLane(loop)
     stored: list[RingMap] = []
     stopped: list[BaseException] = []
     batches: list[Callable[[int, float], None]] = []
@@ -254,7 +255,7 @@ def _make(booted: Booted, inputs: BootInputs, control: MemoryControlPlane, clock
             clock=clock,
             entropy=random.Random(8),
             control=control,
-            lanes=Lanes(writer=writer, preparer=inline, background=inline, readers=[inline], pause=lambda: None),
+            lanes=Lanes(writer=writer, preparer=preparer, background=inline, readers=[inline], pause=lambda: None),
             sleep=asyncio.sleep,
             events=NullLogger(),
             store_map=store_map,
@@ -263,4 +264,6 @@ def _make(booted: Booted, inputs: BootInputs, control: MemoryControlPlane, clock
             on_stopped=stopped.append,
         ),
     )
-    return Rig(shard, booted, clock, control, writer, stored=stored, stopped=stopped, batches=batches, syncs=syncs)
+    return Rig(
+        shard, booted, clock, control, writer, preparer, stored=stored, stopped=stopped, batches=batches, syncs=syncs
+    )

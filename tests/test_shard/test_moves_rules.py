@@ -116,6 +116,31 @@ async def test_what_is_not_durable_is_not_told() -> None:
         await pending
 
 
+async def test_sealed_waits_for_what_waits_for_a_segment() -> None:
+    """Rule 1: looks go by while the next segment is missing, and say nothing of what is queued for it."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await ring.kill(1)
+        move = await ring.begin([SLOT], 0, 1)
+        await ask(client, "states", move, ring.map.epoch)
+        preparer, count = ring[0].preparer, 1
+        preparer.hold()
+        pending = asyncio.ensure_future(client.append(SESSION, "the first"))
+        await turns(client)
+        while pending.done():
+            pending = asyncio.ensure_future(client.append(SESSION, f"{count} {'x' * 60_000}"))
+            count += 1
+            await turns(client)
+        assert preparer.waiting == 1
+        await ring.seal(move)
+        everything = asyncio.ensure_future(ask(client, "sealed", move, ring.map.epoch))
+        await turns(client)
+        too_early = everything.done()
+        preparer.release()
+        assert await everything == rpc.ExportedAll(1, count)
+        assert not too_early
+        await pending
+
+
 @pytest.mark.parametrize("elder", [False, True], ids=["alone", "superseded"])
 async def test_confirmed_is_said_when_it_is_durable(elder: bool) -> None:
     """Rules 1 and 4: not while CONFIRMED is on its way, and never by a target that a younger one has followed."""
@@ -358,6 +383,8 @@ async def test_a_clean_up_on_its_way_spares_what_comes_after_it() -> None:
         ring[0].writer.hold()
         ring[0].shard.moves.clean()
         back = await ring.begin([SLOT], 1, 0)
+        async with await ring[1].client() as client:
+            await turns(client)  # as far as an import can come that does not wait
         assert ring[0].shard.moves.released_slots == 0
         ring[0].writer.release()
         await ring.says(back, "Ready")

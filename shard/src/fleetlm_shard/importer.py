@@ -244,7 +244,6 @@ class Import:
             everything = await self._hear_all(peer, reader) if sealed else None
             number = await self._rounds(peer, reader, number)
             if everything is not None:
-                await self._parts.writes.all_settled()
                 await self._confirm(everything)
                 settled = True
             elif not self._sealing.is_set():

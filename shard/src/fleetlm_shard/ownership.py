@@ -304,9 +304,10 @@ class Ownership:
         }
         # Not those either that are ours by another epoch than the one we serve them by: what we hold may be old.
         gone = self.readable - (mine.keys() - fresh.keys())
-        unsealed = self.sealed.keys() - sealing.keys() - gone
+        unsealed = self.sealed.keys() - sealing.keys()
         self.sealed = sealing
         self.serves = frozenset(mine.keys() - fresh.keys() - sealing.keys())
+        # Who waits for what is gone is told so first: those of the unsealed who are left go on.
         self._fall_silent(gone)
         self.held.go_on(unsealed)
         for slot in self.unconfirmed:
