@@ -23,6 +23,7 @@ SOUND: dict[str, tuple[Scope, dict[str, Any]]] = {
     "two keys": (KEYS, {}),
     "a second container starts, also while the first still boots": (TWO, {}),
     "expected_seq, two containers": (STILL, {}),
+    "no look for one's own confirmation: a second lock, the others hold": (ONE, {"marker": False}),
 }
 MISTAKES: dict[str, tuple[Scope, dict[str, Any], str]] = {
     "no look before an answer": (TWO, {"look": False}, "S4"),

@@ -36,6 +36,8 @@ class Drive:
     Attributes:
         usual_latency_s: of a piece of work, when the disk is well.
         latency_s: of a piece of work now.
+        prepare_s: what a segment's preparation takes beside that.
+        round_s: what a round of the writer takes beside that.
         crash_in: operations until the process that does the last one dies.
         freeze_in: operations of the writer until it stands still inside a batch.
         freeze_writes_only: only before a write: what the batch holds is not even in the cache then.
@@ -50,6 +52,8 @@ class Drive:
     rng: random.Random
     usual_latency_s: float = 0.0008
     latency_s: float = 0.0008
+    prepare_s: float = 0.0
+    round_s: float = 0.0
     crash_in: int | None = None
     freeze_in: int | None = None
     freeze_writes_only: bool = False
@@ -69,6 +73,7 @@ class Drive:
         """No fault is pending any more."""
         self.crash_in = self.freeze_in = self.fail_sync_in = self.power_in = None
         self.latency_s = self.usual_latency_s
+        self.prepare_s = self.round_s = 0.0
         self.volume.capacity_bytes = 1 << 40
 
     def delay_s(self) -> float:
@@ -175,12 +180,16 @@ class SimLane:
         process: whose work it is.
         drive: how quick the disk is.
         writer: whether the process may freeze in the middle of its work.
+        late_s: what its work takes beside the disk's latency.
     """
 
-    def __init__(self, process: SimProcess, drive: Drive, *, writer: bool = False) -> None:
+    def __init__(
+        self, process: SimProcess, drive: Drive, *, writer: bool = False, late_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._process = process
         self._drive = drive
         self._writer = writer
+        self._late_s = late_s
         self._queue: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
         self._busy = False
 
@@ -189,7 +198,7 @@ class SimLane:
         self._queue.append((work, done))
         if not self._busy:
             self._busy = True
-            self._process.call_later(self._drive.delay_s(), self._run)
+            self._process.call_later(self._drive.delay_s() + self._late_s(), self._run)
 
     def _run(self) -> None:
         work, done = self._queue.popleft()
@@ -212,7 +221,7 @@ class SimLane:
     def _answer(self, done: Callable[[Any, BaseException | None], None], result: Any, failed: Any) -> None:
         def tell() -> None:
             if self._queue:
-                self._process.call_later(self._drive.delay_s(), self._run)
+                self._process.call_later(self._drive.delay_s() + self._late_s(), self._run)
             else:
                 self._busy = False
             done(result, failed)
@@ -251,8 +260,8 @@ class SimLane:
 def sim_lanes(process: SimProcess, drive: Drive) -> Lanes:
     """All lanes of one log."""
     return Lanes(
-        writer=SimLane(process, drive, writer=True),
-        preparer=SimLane(process, drive),
+        writer=SimLane(process, drive, writer=True, late_s=lambda: drive.round_s),
+        preparer=SimLane(process, drive, late_s=lambda: drive.prepare_s),
         background=SimLane(process, drive),
         readers=[SimLane(process, drive), SimLane(process, drive)],
         pause=lambda: None,

@@ -16,6 +16,8 @@ from tests.sim.control import STEPS
 if TYPE_CHECKING:
     from fleetlm_common.ring import Move
     from tests.sim.nodes import Node, ShardNode
+    from tests.sim.people import People
+    from tests.sim.workload import Asked
     from tests.sim.world import World
 
 LATE_S: Final = (0.0, 0.0, 0.005, 0.03, 0.15, 0.5)
@@ -62,6 +64,51 @@ class MoveFaults:
         strike = rng.choice(self._strikes)
         self._world.trace.add("nemesis", "amid_move", f"{strike.__name__.strip('_')}, {move.id} {step}")
         strike(move)
+
+    # --- moves that people ask for at the worst moment
+
+    def ask(self, people: People) -> None:
+        """Let them, in some runs."""
+        if self._world.moment == "back":
+            people.also(self._there_and_back(people, self._world.moment_rng))
+        elif self._world.moment == "scarce":
+            people.also(self._away_while_writers_wait(people, self._world.moment_rng))
+
+    async def _there_and_back(self, people: People, rng: random.Random) -> None:
+        """A slot goes, and comes back while its old shard cleans up, whose record a slow disk holds up."""
+        world = self._world
+        await asyncio.sleep(rng.uniform(0.2, 1.0))
+        slot = people.slot_of(rng.choice(world.sessions))
+        name, others = people.owner_and_others(slot)
+        if not others:
+            return
+        people.want_at(slot, rng.choice(others))
+
+        def back(process: str) -> None:
+            shard = next((shard for shard in world.shards if shard.name == name), None)
+            if shard is None or process != f"{name}/{shard.lives}":
+                return
+            del world.trace.told["slots.released"]
+            shard.drive.round_s = rng.uniform(0.2, 1.5)
+            world.later(1.5, lambda: setattr(shard.drive, "round_s", 0.0))
+            people.want_at(slot, name)
+
+        world.trace.told["slots.released"] = back
+
+    async def _away_while_writers_wait(self, people: People, rng: random.Random) -> None:
+        """Slots go while what was written to them waits, mostly for a segment whose preparation takes long."""
+        before: list[Asked] = []
+        while True:
+            await asyncio.sleep(0.2)
+            asked = [asked for client in self._world.clients for asked in client.pending]
+            waiting = [each for each in asked if any(each is other for other in before)]
+            before = asked
+            if waiting:
+                slot = people.slot_of(waiting[0].invocation.session)
+                _, others = people.owner_and_others(slot)
+                if others:
+                    people.want_at(slot, rng.choice(others))
+                await asyncio.sleep(1.5)
 
     # --- who
 

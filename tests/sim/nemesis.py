@@ -57,6 +57,8 @@ class Nemesis:
         if world.people is not None:
             self.duration_s = moves_rng.choice((3.0, 5.0, 8.0))
             self._strikes_amid_moves = moves_rng.choice((0, 1, 1, 2, 4))
+            if world.moment == "scarce":
+                self._strikes_amid_moves = 0  # they would strike the very moves that are asked for
             # Faults at random are fewer: with all of them at once no move comes far.
             self._acts = self._acts[: moves_rng.randrange(0, 4)]
             self.kinds = [name for name, _ in self._acts]
@@ -102,6 +104,8 @@ class Nemesis:
         until_s = loop.time() + self.duration_s
         for _ in range(self._strikes_amid_moves):
             self._plot(self._move_faults.plot())
+        if people := self._world.people:
+            self._move_faults.ask(people)
         while loop.time() < until_s:
             await asyncio.sleep(min(rng.expovariate(1 / self.pace_s), max(0.0, until_s - loop.time()) + 0.001))
             self._act()
@@ -131,6 +135,7 @@ class Nemesis:
         world.network.latency_s = 0.0005
         world.network.strike_in = None
         world.network.heal()
+        world.trace.told.clear()
         world.weather.clear()
         for shard in [*world.shards, *(world.people.shards_left if world.people is not None else ())]:
             shard.drive.calm()

@@ -47,14 +47,22 @@ SEGMENT_BYTES = 96 * 1024
 
 
 class SimShardConfig(ShardConfig, frozen=True, kw_only=True):
-    """A shard's settings with small files."""
+    """A shard's settings with small files.
+
+    Attributes:
+        file_bytes: of a segment.
+        round_bytes: of a batch.
+    """
+
+    file_bytes: int = SEGMENT_BYTES
+    round_bytes: int = 40 * 1024
 
     def log_config(self) -> LogConfig:
         """See `ShardConfig`."""
         return LogConfig(
-            segment_bytes=SEGMENT_BYTES,
-            boot_segment_bytes=SEGMENT_BYTES,
-            batch_bytes_max=40 * 1024,
+            segment_bytes=self.file_bytes,
+            boot_segment_bytes=self.file_bytes,
+            batch_bytes_max=self.round_bytes,
             queue_bytes_max=self.queue_bytes_max,
             reserve_bytes=self.disk_reserve_bytes,
         )
@@ -175,6 +183,8 @@ class ShardNode(Node):
         drive = Drive(volume, random.Random(rng.getrandbits(64)))
         drive.frozen = self._frozen_in_batch
         drive.lose_power = self.power_loss
+        if self.world.moment == "scarce" and self.name[-1] in "02":
+            drive.prepare_s = self.world.moment_rng.uniform(1.5, 2.5)
         drive.usual_latency_s = drive.latency_s = rng.choice((0.0003, 0.0008, 0.0008, 0.004, 0.02))
         return drive
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -61,9 +62,12 @@ class People:
 
     def begin(self) -> None:
         """Processes follow the ring from now on, and people ask."""
-        for work in (self._follow(), self._ask()):
-            task = self._world.loop.create_task(work, name="people", context=self._world.context.copy())
-            self._tasks.append(task)
+        self.also(self._follow())
+        self.also(self._ask())
+
+    def also(self, work: Coroutine[Any, Any, None]) -> None:
+        """Somebody more who asks."""
+        self._tasks.append(self._world.loop.create_task(work, name="people", context=self._world.context.copy()))
 
     def settle(self) -> None:
         """Nothing more is asked for; what is asked for now must come true."""
@@ -89,9 +93,7 @@ class People:
         elif wish == "pin":
             self._pin()
         else:
-            work = self._restart(self._somebody())
-            task = self._world.loop.create_task(work, name="restart", context=self._world.context.copy())
-            self._tasks.append(task)
+            self.also(self._restart(self._somebody()))
 
     def _want(self, **changes: object) -> None:
         spec = msgspec.structs.replace(self._world.control.view.spec, **changes)
@@ -111,12 +113,28 @@ class People:
     def _pin(self) -> None:
         """`move SLOTS --to`: mostly of slots that somebody writes to."""
         rng, spec = self._rng, self._world.control.view.spec
-        slots = [slot_of(SessionId(name), spec.slots) for name in self._world.sessions]
+        slots = [self.slot_of(name) for name in self._world.sessions]
         first = rng.choice(slots) if rng.random() < 0.8 else Slot(rng.randrange(spec.slots))
         pins = tuple(pin for pin in spec.pins if pin.first != first)
         if rng.random() < 0.8:
             pins = (*pins, Pin(first, first, self._somebody()))
         self._want(pins=pins)
+
+    def want_at(self, slot: Slot, name: ShardName) -> None:
+        """`move SLOT --to SHARD`, and nothing else is wanted of it or of the shard."""
+        spec = self._world.control.view.spec
+        pins = (*(pin for pin in spec.pins if pin.first != slot), Pin(slot, slot, name))
+        self._want(pins=pins, cordoned=tuple(each for each in spec.cordoned if each != name))
+
+    def slot_of(self, session: str) -> Slot:
+        """In this ring."""
+        return slot_of(SessionId(session), self._world.control.view.spec.slots)
+
+    def owner_and_others(self, slot: Slot) -> tuple[ShardName, list[ShardName]]:
+        """Who has it, and the members who could."""
+        ring = _map(self._world)
+        owner = ring.owners()[slot].owner
+        return owner, [each.name for each in ring.members if each.name != owner]
 
     async def _restart(self, name: ShardName) -> None:
         """`shards restart --handover`: empty it, restart it, let it come back."""

@@ -206,6 +206,18 @@ PLANTS: Final = (
         "            pass\n",
     ),
     Plant(
+        "a seal does not wait for what is in flight",
+        "fleetlm_shard/exporter.py",
+        "            await self._writes.all_settled()\n            await self._shown()\n        except LogStopped:\n",
+        "            await self._shown()\n        except LogStopped:\n",
+    ),
+    Plant(
+        "an import does not wait for a clean-up in flight",
+        "fleetlm_shard/importer.py",
+        "            await self._parts.writes.all_settled()\n            if self._is_confirmed():\n",
+        "            if self._is_confirmed():\n",
+    ),
+    Plant(
         "the SDK forgets that its buffer was full",
         "fleetlm_client/reader.py",
         "            if message.seq != received + 1 or full:\n                self.behind = True\n",

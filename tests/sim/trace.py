@@ -22,11 +22,15 @@ class Trace:
         self.lines: list[Line] = []
         self.now: Callable[[], float] = lambda: 0.0
         self.over = False
+        self.told: dict[str, Callable[[str], None]] = {}
+        """What → who is told at once of who did it."""
 
     def add(self, who: str, what: str, text: str = "") -> None:
         """Write a line down."""
         if not self.over:
             self.lines.append((self.now(), who, what, text))
+            if what in self.told:
+                self.told[what](who)
 
     def digest(self) -> str:
         """A number for all of it."""

@@ -16,7 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fleetlm_client.events import CaughtUp, Gap, Message
 from fleetlm_common.control import RingSpec
@@ -47,6 +47,14 @@ OWED_S = 15.0
 SLOTS = 8
 MOVING = 0.6
 """Part of the runs in which slots move."""
+Moment = Literal["scarce", "back"]
+MOMENTS: tuple[Moment | None, ...] = (None, None, None, "scarce", "scarce", "back", "back")
+"""What makes people ask for a move at the worst moment (`MoveFaults.ask`), in the runs in which slots move."""
+SETTINGS_OF: dict[Moment | None, dict[str, Any]] = {
+    # A log of small segments, which some disks are slow to prepare, often waits for its next one.
+    "scarce": {"file_bytes": 45 * 1024, "round_bytes": 20 * 1024},
+    "back": {"clean_after_s": 0.5},
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class World:
         tight: bounds are so small that the run meets them: hot state, buffers, pages, outboxes.
         people: in a run in which slots move: who asks for what. Chance of moves has a generator of its own, so that
             runs without moves are the same whatever is changed about moves.
+        moment: in such a run: when people ask for one move more.
     """
 
     def __init__(self, seed: int) -> None:
@@ -90,6 +99,9 @@ class World:
         self.sessions = [f"session-{number}" for number in range(rng.choice((1, 2, 3)))]
         self.people = People(self, moves_rng) if moves_rng.random() < MOVING else None
         self.shard_settings = _moving_settings(moves_rng) if self.people is not None else {}
+        self.moment_rng = random.Random(f"moment of {seed}")
+        self.moment = self.moment_rng.choice(MOMENTS) if self.people is not None else None
+        self.shard_settings |= SETTINGS_OF.get(self.moment, {})
         self.shards = [ShardNode(self, f"shard-{number}") for number in range(shards)]
         self.gateways = [GatewayNode(self, f"gateway-{n}", 4000 + n) for n in range(rng.choice((1, 2, 2)))]
         self.controllers = [ControllerNode(self, f"controller-{n}") for n in range(rng.choice((1, 2)))]
