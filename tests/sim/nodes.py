@@ -183,6 +183,7 @@ class ShardNode(Node):
         drive = Drive(volume, random.Random(rng.getrandbits(64)))
         drive.frozen = self._frozen_in_batch
         drive.lose_power = self.power_loss
+        # Every other: a source that waits for its segment, and a target that does not.
         if self.world.moment == "scarce" and self.name[-1] in "02":
             drive.prepare_s = self.world.moment_rng.uniform(1.5, 2.5)
         drive.usual_latency_s = drive.latency_s = rng.choice((0.0003, 0.0008, 0.0008, 0.004, 0.02))
