@@ -288,6 +288,7 @@ class _Parts:
 
     boundary: Boundary
     hub: Hub
+    registry: CollectorRegistry
 
 
 class Door(asyncio.Protocol):
@@ -334,6 +335,14 @@ class GatewayNode(Node):
         self.parts: _Parts | None = None
         self.settings: dict[str, Any] = {"write_buffer_bytes": 8192, "requests_per_socket": 4} if world.tight else {}
 
+    @property
+    def lanes(self) -> float:
+        """Sessions with an append on its way, also of clients that are dead."""
+        assert self.parts is not None, "it serves"
+        count = self.parts.registry.get_sample_value("fleetlm_gateway_append_lanes")
+        assert count is not None, "the metric has this name"
+        return count
+
     def boot(self, process: SimProcess) -> None:
         """`python -m fleetlm_gateway`, without aiohttp: REST and the upgrade are left out."""
         self.run(process, self._main(process))
@@ -359,7 +368,7 @@ class GatewayNode(Node):
             entropy=entropy,
             keys=Keys(f"{entropy.getrandbits(80):020x}"),
         )
-        self.parts = _Parts(boundary, hub)
+        self.parts = _Parts(boundary, hub, registry)
         leave = asyncio.Event()
         process.loop.add_signal_handler(15, leave.set)
         await boundary.start()

@@ -145,6 +145,7 @@ class World:
         await self._until(self._calm, HEAL_S, "calm")
         prompt_s = PROMPT_S + (FULL_S if "full" in self.nemesis.kinds else 0.0)
         await self._until(self._settled, prompt_s, "settle")
+        await self._until(self._nothing_under_way, OWED_S, "gateways")
         await self._read_all()
         await self._until(self._readers_converged, prompt_s, "readers")
         await self._wait_for_what_is_owed()
@@ -197,6 +198,13 @@ class World:
         for client in self.clients:
             if client.pending:
                 return f"{client.name} waits for {client.pending[0].invocation.keys}"
+        return ""
+
+    def _nothing_under_way(self) -> str:
+        """What a dead client had asked for may still be written: not after the last read."""
+        for gateway in self.gateways:
+            if gateway.lanes:
+                return f"{gateway.name} still has appends of {gateway.lanes:g} sessions"
         return ""
 
     def _readers_converged(self) -> str:
