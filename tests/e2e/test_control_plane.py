@@ -36,6 +36,7 @@ async def started(name: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(300)  # kube-proxy and controllers look for the API server again after up to half a minute
 async def test_the_api_server_is_away_for_a_minute(ring: Ring) -> None:
     """Appends are acknowledged all the while; a shard's container that dies comes back by the map that it stored."""
     pods = await ring.pods("shard")
@@ -57,9 +58,12 @@ async def test_the_api_server_is_away_for_a_minute(ring: Ring) -> None:
         now = (await ring.pods("shard"))[0]
         return now["metadata"]["uid"] == pods[0]["metadata"]["uid"] and restarts(now) > restarts(pods[0])
 
+    async def all_ready() -> bool:
+        return all(pod_ready(pod) for pod in await ring.pods("shard"))
+
     await until("Kubernetes knows of the restart", known)
+    await until("its shards are ready", all_ready)  # what the ring says may still be of before
     await ring.ready()
-    assert all(pod_ready(pod) for pod in await ring.pods("shard"))
 
 
 async def test_etcd_restarts(ring: Ring) -> None:
