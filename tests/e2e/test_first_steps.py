@@ -55,11 +55,9 @@ async def test_a_minimal_ring_round_trips(namespace: str) -> None:
     made = Ring(namespace)
     await made.apply({"paused": True})
     before = await made.read()
-    again = {**before, "metadata": {**before["metadata"]}}
-    del again["metadata"][
-        "resourceVersion"
-    ]  # with it it is an answer to that version, and the operator tells its status
-    await kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(again))
+    # With its version it would be an answer to that one only, and the operator tells its status meanwhile.
+    metadata = {name: value for name, value in before["metadata"].items() if name != "resourceVersion"}
+    await kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps({**before, "metadata": metadata}))
     after = await get(namespace, "shardring", made.name)
     assert after["spec"] == before["spec"]
     assert after["metadata"]["generation"] == before["metadata"]["generation"] == 1
