@@ -210,6 +210,11 @@ async def shard_rig(
         yield rig
     finally:
         writer.release()
+        # CPython 3.11 forgets a connection that it accepted in the turn of `close`: its socket is left to the collector
+        # which warns in whatever test comes next. So take no more, and let those taken become connections first.
+        for each in listener.sockets:
+            loop.remove_reader(each.fileno())
+        await asyncio.sleep(0)
         listener.close()
         shard.server.close()
         for task in tasks:
