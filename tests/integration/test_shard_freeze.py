@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import random
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleetlm_common.errors import FleetError
+from fleetlm_common.filecontrol import LOCK_FILE
 from fleetlm_shard.process import EXIT_FAILED, EXIT_FENCED
 from tests.support.eventually import eventually
 from tests.support.rpcclient import RpcClient
@@ -97,8 +99,11 @@ async def test_an_elder_frozen_in_its_boot_never_serves(tmp_path: Path, mark: st
     async with ring.process(env=NEVER) as elder:
         seen = volume / mark
         later = volume / "log/0000000002-0000000001.seg"
-        await eventually(lambda: seen.exists() or later.exists(), f"the boot makes {mark}", timeout_s=30)
-        elder.signal(signal.SIGSTOP)
+        # Never with the control folder's lock in its hand: nobody could announce anything while it sleeps.
+        with (ring.control_folder / LOCK_FILE).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            await eventually(lambda: seen.exists() or later.exists(), f"the boot makes {mark}", timeout_s=30)
+            elder.signal(signal.SIGSTOP)
         async with ring.process(env=QUICK) as younger, asyncio.timeout(60):
             await younger.wait_reason("Ready")
             async with await younger.client() as other:
