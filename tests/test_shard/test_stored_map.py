@@ -216,6 +216,18 @@ def test_a_disk_error_is_raised() -> None:
         volume.stored_map()
 
 
+@pytest.mark.parametrize("operation", ["sync_folder", "unlink"])
+def test_after_a_map_that_could_not_be_stored_none_is(operation: str) -> None:
+    """Not that one, whose name may be there and not durable; no newer one, which would be written over it in place."""
+    world = SimVolume()
+    volume = take(world.process("a"), "a")
+    volume.store_map(ring(1))
+    world.hooks.append(fail_at(1, errno.EIO, only={operation}))
+    for epoch in (2, 2, 3):
+        with pytest.raises(VolumeFailed, match="epoch 2"):
+            volume.store_map(ring(epoch))
+
+
 def test_a_map_of_a_newer_format_is_not_read() -> None:
     """A paper of a format that this build does not know binds by its epoch only."""
     world = SimVolume()

@@ -60,6 +60,7 @@ class Volume:
         self._term = term
         self._file: File | None = file
         self._beats = 0
+        self._map_failed = ""
         # The one lock: a heartbeat in another thread must not write to a descriptor that `close` has just given back
         # to the system, where the next file opened (a segment) would get its number.
         self._closing = threading.Lock()
@@ -131,13 +132,16 @@ class Volume:
         """Make `ring` the newest stored map, durably; a map that is not newer changes nothing.
 
         Raises:
-            VolumeFailed: the disk refused.
+            VolumeFailed: the disk refused, now or once before: what is there of that map may not be durable.
         """
         assert ring.uid == self.ring_uid, "a map of another ring was refused before (ForeignVolume)"
+        if self._map_failed:
+            raise VolumeFailed(self._map_failed)
         try:
             write_map(self.disk, ring, term=self._term, pod_uid=self.pod_uid)
         except OSError as error:
-            raise VolumeFailed(f"cannot store the ring map of epoch {ring.epoch}: {error}") from error
+            self._map_failed = f"cannot store the ring map of epoch {ring.epoch}: {error}"
+            raise VolumeFailed(self._map_failed) from error
 
     def stored_map(self) -> StoredMap | None:
         """The newest stored map, whoever stored it; None if there is none.
