@@ -31,9 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from fleetlm_cli import benchhost
 from fleetlm_cli.asking import ask, is_steady
@@ -127,9 +125,7 @@ def pin(first: int, last: int, shard: str) -> Pin:
 
 async def imported(running: Fleet) -> tuple[float, float]:
     """Messages and bytes that moves brought to shard-1 so far."""
-    async with aiohttp.ClientSession() as http, http.get(f"{running.ops_url('shard-1')}/metrics") as answer:
-        text = await answer.text()
-    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    found = await running.metrics("shard-1")
     return found["fleetlm_shard_imported_messages_total"], found["fleetlm_shard_imported_bytes_total"]
 
 

@@ -10,7 +10,6 @@ import asyncpg
 import msgspec
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration import moves
 from tests.support.fleet import Fleet, fleet
@@ -113,7 +112,4 @@ async def test_an_elder_that_slept_archives_what_it_gave_away(tmp_path: Path) ->
 
 async def lag(running: Fleet, shard: str) -> float:
     """Bytes that a shard's archiver has before it."""
-    async with aiohttp.ClientSession() as http, http.get(f"{running.ops_url(shard)}/metrics") as answer:
-        text = await answer.text()
-    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
-    return found["fleetlm_shard_archive_lag_bytes"]
+    return (await running.metrics(shard))["fleetlm_shard_archive_lag_bytes"]

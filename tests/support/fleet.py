@@ -22,6 +22,7 @@ from typing import Final
 
 import aiohttp
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from fleetlm_cli import upfile
 from fleetlm_cli.upfile import Up
@@ -86,6 +87,12 @@ class Fleet:
         logs = sorted((self.data / "logs").glob("*.log"))
         tails = [f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs]
         return "\n".join([self.output.read_text(errors="replace"), *tails])
+
+    async def metrics(self, name: str) -> dict[str, float]:
+        """What a child shows on `/metrics`, by series; labels are left out, so the last one of a name stands."""
+        async with aiohttp.ClientSession() as http, http.get(f"{self.ops_url(name)}/metrics") as answer:
+            text = await answer.text()
+        return {each.name: each.value for family in text_string_to_metric_families(text) for each in family.samples}
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to a child; `wait_ready` then waits for another pid unless it was SIGSTOP or SIGCONT.

@@ -8,8 +8,9 @@ import pytest
 
 from fleetlm_common.errors import Moved, TryAgain
 from fleetlm_common.rpc import Kind
+from fleetlm_shard.shard import Shard
 from tests.support.eventually import eventually
-from tests.support.movesrig import moves_rig, session_in
+from tests.support.movesrig import MovesRig, moves_rig, session_in
 from tests.support.rpcclient import RpcClient
 
 SLOT = 3
@@ -176,18 +177,24 @@ async def test_a_queue_that_waits_too_long_is_refused() -> None:
         assert (await client.append(SESSION, "waits"))[0].seq == 1
 
 
+async def given_and_not_opened(ring: MovesRig) -> Shard:
+    """The target, of whom a map says that it owns `SLOT`; its disk takes nothing until `release`."""
+    move = await ring.begin([SLOT], 0, 1)
+    await ring.says(move, "Ready")
+    await ring.seal(move)
+    await ring.says(move, "Confirmed")
+    shard = ring[1].shard
+    ring[1].writer.hold()
+    await ring.commit(move, acted=False)
+    await eventually(lambda: shard.ownership.epoch == ring.map.epoch, "the map is being acted on")
+    return shard
+
+
 async def test_a_shard_that_serves_stays_ready_while_it_opens_more() -> None:
     """What it serves it goes on serving: nobody counts it out for a batch that waits for the disk; it says how many."""
     async with moves_rig() as ring:
         await ring.move([5], 0, 1)
-        move = await ring.begin([SLOT], 0, 1)
-        await ring.says(move, "Ready")
-        await ring.seal(move)
-        await ring.says(move, "Confirmed")
-        shard = ring[1].shard
-        ring[1].writer.hold()
-        await ring.commit(move, acted=False)
-        await eventually(lambda: shard.ownership.epoch == ring.map.epoch, "the map is being acted on")
+        shard = await given_and_not_opened(ring)
         assert (shard.health().ok, shard.health().reason) == (True, "Ready")
         assert shard.health().message == "1 slots, 1 being opened"
         ring[1].writer.release()
@@ -198,14 +205,7 @@ async def test_a_shard_that_serves_stays_ready_while_it_opens_more() -> None:
 async def test_a_shard_that_serves_nothing_yet_is_not_ready_before_its_first_slots_are_open() -> None:
     """Those that a map gives to one that has none."""
     async with moves_rig() as ring:
-        move = await ring.begin([SLOT], 0, 1)
-        await ring.says(move, "Ready")
-        await ring.seal(move)
-        await ring.says(move, "Confirmed")
-        shard = ring[1].shard
-        ring[1].writer.hold()
-        await ring.commit(move, acted=False)
-        await eventually(lambda: shard.ownership.epoch == ring.map.epoch, "the map is being acted on")
+        shard = await given_and_not_opened(ring)
         assert (shard.health().ok, shard.health().reason) == (False, "OpeningSlots")
         ring[1].writer.release()
         await ring.acted()
