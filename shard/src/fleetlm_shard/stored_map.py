@@ -82,7 +82,7 @@ def _refuse_stale(live: RingMap, stored: StoredMap | None) -> None:
 def write_map(disk: Disk, ring: RingMap, *, term: Term, pod_uid: str) -> None:
     """Store `ring` unless a map as new is stored already, then remove what it replaces.
 
-    One call at a time in a process (`Ownership.adopt` holds a lock), for all of them share the spare file. None after one
+    One call at a time in a process (`Ownership.adopt` holds a lock): all of them share the spare file. None after one
     that failed (`Volume.store_map` sees to it): the spare file may be the stored map by another name then.
 
     Raises:
