@@ -56,8 +56,8 @@ e2e: setup ## on a real Kubernetes of three nodes (one that is up, else one for 
 e2e-long: setup ## the long ones of them
 	$(RUN)/python -m tests.e2e -m long $(ARGS)
 
-sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=1000 FROM=1; failures print how to replay them
-	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1))
+sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=100000 FROM=1 [JOBS=2]; failures print how to replay them
+	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1) --jobs $(or $(JOBS),1))
 
 plants: setup ## mistakes planted into a copy of the source, and the first seed that notices each (minutes)
 	$(RUN)/python -m tests.sim.plants

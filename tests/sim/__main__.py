@@ -3,72 +3,105 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
+from typing import Final
 
-from tests.sim.world import Outcome, run_seed
+import msgspec
 
+from tests.sim.seeds import Row, run_elsewhere, run_here
 
-def failed(outcome: Outcome) -> bool:
-    """Whether the run broke a promise, or something in it that nobody handled."""
-    return bool(outcome.violations or outcome.faults)
-
-
-def commit() -> str:
-    """What is checked out, with a mark when files differ from it."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+TOLD_EVERY: Final = 1000
+"""Seeds after which a long run says how far it is."""
 
 
-def report(outcome: Outcome, *, lines: int) -> str:
-    """A failed run for people."""
-    head = [f"seed {outcome.seed} FAILED at commit {commit()}; replay: make sim SEED={outcome.seed}"]
-    head += [f"  {each.kind}: {each.session} {each.text}" for each in outcome.violations[:20]]
-    head += [f"  fault: {each}" for each in outcome.faults[:20]]
-    return "\n".join([*head, *(f"    {line}" for line in outcome.trace.tail(lines))])
+class Sum:
+    """What all seeds gave together.
+
+    Args:
+        seeds: that were asked for.
+    """
+
+    def __init__(self, seeds: range) -> None:
+        self.missing = dict.fromkeys(seeds)
+        self.bad: list[int] = []
+        self._figures = Counter[str]()
+        self._count = len(seeds)
+        self._began_s = time.monotonic()
+
+    def add(self, row: Row) -> None:
+        """A seed is done."""
+        del self.missing[row.seed]
+        self._figures.update(row.figures)
+        if row.failed:
+            self.bad.append(row.seed)
+
+    @property
+    def is_at_a_mark(self) -> bool:
+        """Whether it is time to say how far it is."""
+        return bool(self.missing) and (self._count - len(self.missing)) % TOLD_EVERY == 0
+
+    def __str__(self) -> str:
+        """For people."""
+        words = ", ".join(f"{count} {name}" for name, count in self._figures.items())
+        took_s, done = time.monotonic() - self._began_s, self._count - len(self.missing)
+        return f"{done} seeds, {len(self.bad)} failed {sorted(self.bad)[:50]}; {took_s:.1f} s; {words}"
 
 
 def main() -> int:
-    """Returns 1 when a seed failed."""
+    """Returns 1 when a seed failed, 2 when one gave no result."""
+    options = _options()
+    if options.seed is not None:
+        seeds = range(options.seed, options.seed + 1)
+    else:
+        seeds = range(options.first, options.first + options.seeds * options.step, options.step)
+    if options.jobs > 1:
+        rows = run_elsewhere(seeds, jobs=options.jobs, lines=options.trace)
+    else:
+        rows = run_here(seeds, lines=options.trace, trace_file=options.write_trace)
+    total = Sum(seeds)
+    with closing(rows):
+        for row in rows:
+            total.add(row)
+            if options.json:
+                _say(msgspec.json.encode(row).decode())
+            elif row.failed:
+                _say(row.report)
+            elif total.is_at_a_mark:
+                _say(f"so far: {total}")
+            if row.failed and options.stop:
+                break
+    if not options.json:
+        _say(str(total))
+    if total.missing and not (total.bad and options.stop):
+        sys.stderr.write(f"NO RESULT of {len(total.missing)} seeds, whose process died: {list(total.missing)[:50]}\n")
+        return 2
+    return 1 if total.bad else 0
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="one seed")
     parser.add_argument("--seeds", type=int, default=200, help="how many")
     parser.add_argument("--first", type=int, default=1, help="the first of them")
+    parser.add_argument("--step", type=int, default=1, help="from one to the next")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share them")
     parser.add_argument("--trace", type=int, default=40, help="lines of a failed run's trace to print")
     parser.add_argument("--write-trace", type=Path, help="write the whole trace of the last seed to a file")
     parser.add_argument("--stop", action="store_true", help="stop at the first that fails")
-    parser.add_argument("--json", action="store_true", help="a line for each seed: digest and violations")
+    parser.add_argument("--json", action="store_true", help="a line for each seed: digest, violations, figures, report")
     options = parser.parse_args()
-    seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
-    began_s, bad, total = time.monotonic(), [], dict[str, int]()
-    for seed in seeds:
-        outcome = run_seed(seed)
-        for name, count in outcome.figures.items():
-            total[name] = total.get(name, 0) + count
-        if options.json:
-            kinds = sorted({each.kind for each in outcome.violations})
-            row = {"seed": seed, "digest": outcome.digest, "kinds": kinds, "faults": outcome.faults}
-            sys.stdout.write(json.dumps(row) + "\n")
-        if failed(outcome):
-            bad.append(seed)
-            if not options.json:
-                sys.stdout.write(report(outcome, lines=options.trace) + "\n")
-        if options.write_trace:
-            options.write_trace.write_text("\n".join(outcome.trace.tail(1 << 40, without=frozenset())) + "\n")
-        sys.stdout.flush()
-        if bad and options.stop:
-            break
-    if not options.json:
-        words = ", ".join(f"{count} {name}" for name, count in total.items())
-        took_s = time.monotonic() - began_s
-        sys.stdout.write(f"{len(seeds)} seeds, {len(bad)} failed {bad[:50]}; {took_s:.1f} s; {words}\n")
-    return 1 if bad else 0
+    if options.jobs > 1 and options.write_trace:
+        parser.error("--write-trace is for one process")
+    return options
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

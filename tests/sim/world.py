@@ -275,30 +275,33 @@ async def _read_session(client: SimClient, name: str) -> tuple[list[Entry], list
 
 
 def run_seed(seed: int) -> Outcome:
-    """Live through one seed and judge it."""
+    """Live through one seed and judge it; nothing of its world is left in memory."""
     with _collected_by_hand():
-        world = World(seed)
-        loop = world.loop
-        asyncio.set_event_loop(None)
+        return _run(seed)
+
+
+def _run(seed: int) -> Outcome:
+    """See `run_seed`; a function of its own, so that no name keeps the world when memory is collected."""
+    world = World(seed)
+    loop = world.loop
+    asyncio.set_event_loop(None)
+    try:
         try:
-            main = loop.create_task(world.live())
-            try:
-                loop.run_until_complete(main)
-            except Stuck as error:
-                world.trace.add("world", "stuck", str(error))
-                if not world.history.found:
-                    world.history.broken("unhealed", "", str(error))
-            violations = world.history.judge() if not _is_unhealed(world) else world.history.found
-            figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
-            figures |= {f"moves {step}": world.control.steps[step] for step in STEPS}
-            return Outcome(seed, violations, world.trace.digest(), loop.all_faults(), figures, world.trace)
-        finally:
-            world.trace.over = True
-            for process in world.processes:
-                process.kill()
-            loop.bury()
-            loop.close()
-            del world, loop
+            loop.run_until_complete(loop.create_task(world.live()))
+        except Stuck as error:
+            world.trace.add("world", "stuck", str(error))
+            if not world.history.found:
+                world.history.broken("unhealed", "", str(error))
+        violations = world.history.judge() if not _is_unhealed(world) else world.history.found
+        figures = {**world.history.figures(), "events": loop.events, "ms": int(loop.time() * 1000) - 1_000_000}
+        figures |= {f"moves {step}": world.control.steps[step] for step in STEPS}
+        return Outcome(seed, violations, world.trace.digest(), loop.all_faults(), figures, world.trace)
+    finally:
+        world.trace.close()
+        for process in world.processes:
+            process.kill()
+        loop.bury()
+        loop.close()
 
 
 @contextlib.contextmanager
@@ -312,6 +315,8 @@ def _collected_by_hand() -> Generator[None]:
     try:
         yield
     finally:
+        # Twice: the first closes coroutines of the dead, and what their `finally`s make keeps the world once more.
+        gc.collect()
         gc.collect()
         gc.unfreeze()
         sys.unraisablehook = unraisable

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import traceback
+from collections.abc import Callable
 
 import pytest
 
@@ -10,6 +12,7 @@ from fleetlm_client.backoff import Backoff
 from fleetlm_client.channel import Call
 from fleetlm_client.errors import ProtocolMismatch
 from fleetlm_client.settings import Settings
+from fleetlm_client.subscription import raise_if_failed
 from fleetlm_common.errors import FleetError, TryAgain
 from tests.support.phoenix_model import Fault
 from tests.test_client.harness import Harness
@@ -235,3 +238,26 @@ def test_being_offline_costs_no_wakeups() -> None:
         harness.advance(max(0.0, at_s - harness.now_s))
         wakeups += 1
         assert wakeups < 500
+
+
+def test_an_error_that_is_raised_again_does_not_grow() -> None:
+    """An application that goes on asking a session that has failed needs no more memory each time."""
+    harness = Harness()
+    channel = harness.channel()
+    harness.settle()
+    harness.link.fail(ProtocolMismatch("nonsense"))
+
+    call = Call(event="replay", payload=b"{}", deadline_s=200, done=lambda _: None)
+
+    def frames(ask: Callable[[], object]) -> int:
+        with pytest.raises(ProtocolMismatch) as raised:
+            ask()
+        return len(list(traceback.walk_tb(raised.value.__traceback__)))
+
+    for ask in (
+        lambda: harness.append(channel, 1),
+        lambda: channel.call(call),
+        lambda: harness.channel("other"),
+        lambda: raise_if_failed(channel),
+    ):
+        assert frames(ask) == frames(ask)

@@ -180,7 +180,7 @@ class Channel(Topic):
             FleetError: the session has failed, or `TryAgain overloaded`: the outbox is full.
         """
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         self.outbox.submit(append)
 
     def _append_answered(self, reply: Reply, now_s: float) -> None:
@@ -197,7 +197,7 @@ class Channel(Topic):
             FleetError: the session has failed, or `TryAgain overloaded`: too many calls wait.
         """
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         if len(self._calls) >= self._settings.calls_max:
             raise TryAgain(f"{len(self._calls)} calls wait for an answer", reason="overloaded")
         self._calls.append(call)

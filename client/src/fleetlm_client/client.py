@@ -137,7 +137,7 @@ class Client:
 
     def _raise_if_failed(self) -> None:
         if self._link.error is not None:
-            raise self._link.error
+            raise self._link.error.with_traceback(None)
 
     # --- what users do
 

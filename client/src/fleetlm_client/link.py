@@ -94,7 +94,7 @@ class Link:
             ValueError: it is joined on this client already, or too many are.
         """
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         if topic.name in self._topics:
             raise ValueError(f"{topic.name!r} is joined on this client already")
         if len(self._topics) >= self._settings.sessions_max:

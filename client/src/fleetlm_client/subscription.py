@@ -135,10 +135,10 @@ class Subscription(ABC, Generic[TopicT, EventT]):
 def raise_if_failed(topic: Topic) -> None:
     """Raise what ended the topic, if anything did."""
     if topic.error is not None:
-        raise topic.error
+        raise topic.error.with_traceback(None)
 
 
 def _raise_unless_closed(error: FleetError) -> None:
     if isinstance(error, ClientClosed):
         raise StopAsyncIteration
-    raise error
+    raise error.with_traceback(None)

@@ -104,11 +104,12 @@ class _Call(msgspec.Struct):
 
     def stopped(self) -> None:
         """Nobody knows what is on disk."""
-        self.answer(self.ident, [EntryResult([], STOPPED.body())] * len(self.request.entries))
+        self.answer(self.ident, [EntryResult([], log_stopped().body())] * len(self.request.entries))
 
 
-STOPPED: Final = TryAgain("the shard's log has stopped", reason="unavailable", retry_after_ms=1000)
-"""What everybody hears who waits for a log that failed."""
+def log_stopped() -> TryAgain:
+    """What everybody hears who waits for a log that failed; a new one each time, for what is raised keeps frames."""
+    return TryAgain("the shard's log has stopped", reason="unavailable", retry_after_ms=1000)
 
 
 class _Stamp:
@@ -342,7 +343,7 @@ class Sequencer:
             call.refuse_rest(error)
             self._finish(call)
         except (LogError, TableDamaged):
-            call.refuse_rest(STOPPED)
+            call.refuse_rest(log_stopped())
             self._finish(call)
         else:
             # A message that is gone cannot be shown to say the same.
@@ -362,7 +363,7 @@ def refusal(error: LogError) -> FleetError:
         return TryAgain("the shard's disk is nearly full", reason="disk_full", retry_after_ms=5000)
     if isinstance(error, GroupTooLarge):
         return TooLarge("the messages of one append are too large together", field="messages", limit=BATCH_BYTES_MAX)
-    return STOPPED
+    return log_stopped()
 
 
 def _full_window() -> TryAgain:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fleetlm_common.errors import FleetError, TryAgain
 from fleetlm_common.ids import ShardName
@@ -30,7 +30,7 @@ from fleetlm_shard.ownership import Ownership
 from fleetlm_shard.peer import source_of
 from fleetlm_shard.records import SlotsOpened
 from fleetlm_shard.replay import Replay
-from fleetlm_shard.sequencer import STOPPED, Sequencer
+from fleetlm_shard.sequencer import Sequencer, log_stopped
 from fleetlm_shard.server import Credentials, Server
 from fleetlm_shard.service import Service
 from fleetlm_shard.sessions import Sessions
@@ -278,16 +278,16 @@ class Shard:
     def refusal(self) -> FleetError | None:
         """Why no request at all is taken now."""
         if self.stopped is not None:
-            return STOPPED
+            return log_stopped()
         if self.draining:
-            return _LEAVING
+            return _leaving()
         return None
 
     def drain(self) -> None:
         """Take no further request, say so to every gateway, end subscriptions; what is in flight is still answered."""
         self.draining = True
         self.moves.cancel()
-        self.ownership.held.refuse_all(_LEAVING)
+        self.ownership.held.refuse_all(_leaving())
         self.server.goaway("draining")
 
     def health(self) -> Health:
@@ -378,8 +378,9 @@ class Shard:
         return self.memory.sessions.names(after, limit, stored)
 
 
-_LEAVING: Final = TryAgain("this shard is leaving", reason="draining")
-"""What everybody hears from a shard that ends."""
+def _leaving() -> TryAgain:
+    """What everybody hears from a shard that ends; a new one each time, for what is raised keeps frames."""
+    return TryAgain("this shard is leaving", reason="draining")
 
 
 def _nothing(_: int) -> None:
