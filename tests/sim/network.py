@@ -137,7 +137,12 @@ class Network:
         self.trace.add("net", "connect", connection.name)
         # The kernel accepts, whatever the process does: a frozen one learns of it when it goes on.
         server.call_soon(connection.accepted, server_factory)
-        await asyncio.sleep(self.delay_s())
+        try:
+            await asyncio.sleep(self.delay_s())
+        except asyncio.CancelledError:
+            # Nobody holds the socket: it is closed, as asyncio does.
+            connection.ends[0].abort()
+            raise
         connection.ends[0].begin()
         protocol.connection_made(connection.ends[0])
         return connection.ends[0], protocol

@@ -18,11 +18,11 @@ from tests.sim.plants import PLANTS, SEEDS_MAX, Plant, find, plant_into
 from tests.sim.seeds import run_here
 from tests.sim.world import World, run_seed
 
-SEEDS = 200
+SEEDS = 500
 PART = 10
 ROOT = Path(__file__).parent.parent.parent
-COMPARED = (3, 8, 13)
-"""Seeds with several processes of every kind, deaths and freezes."""
+COMPARED = (3, 8, 13, 26, 143)
+"""Seeds with several processes of every kind, deaths and freezes; a gateway that leaves; moves that end together."""
 ENDED = (1, 5, 9)
 """Seeds in which shards refuse while they leave, writers freeze inside a batch, and logs stop."""
 
@@ -48,9 +48,9 @@ def test_a_seed_gives_the_same_trace_twice() -> None:
     again = [run_seed(seed).trace.lines for seed in COMPARED]
     for seed, left, right in zip(COMPARED, here, again, strict=True):
         assert left == right, f"seed {seed} differs from itself at line {_first_difference(left, right)}"
-    for hash_seed in ("1", "4242"):
-        digests = [_digest_elsewhere(seed, hash_seed) for seed in COMPARED]
-        assert digests == [run_seed(seed).digest for seed in COMPARED], f"with PYTHONHASHSEED={hash_seed}"
+    for elsewhere in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "4242", "PYTHONMALLOC": "malloc"}):
+        digests = [_digest_elsewhere(seed, elsewhere) for seed in COMPARED]
+        assert digests == [run_seed(seed).digest for seed in COMPARED], f"with {elsewhere}"
 
 
 def _first_difference(left: list[tuple[float, str, str, str]], right: list[tuple[float, str, str, str]]) -> object:
@@ -58,9 +58,9 @@ def _first_difference(left: list[tuple[float, str, str, str]], right: list[tuple
     return next(((n, *pair) for n, pair in enumerate(pairs) if pair[0] != pair[1]), "the end")
 
 
-def _digest_elsewhere(seed: int, hash_seed: str) -> str:
+def _digest_elsewhere(seed: int, settings: dict[str, str]) -> str:
     command = [sys.executable, "-m", "tests.sim", "--seed", str(seed), "--json"]
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    environment = {**os.environ, **settings}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
     return str(json.loads(done.stdout)["digest"])
 

@@ -61,7 +61,8 @@ class Hub:
         self._log = log
         self._entropy = entropy
         self._loop = asyncio.get_running_loop()
-        self._sockets: set[Socket] = set()
+        # In the order in which they came (a set's would depend on addresses): the simulator replays a drain.
+        self._sockets: dict[Socket, None] = {}
         self._dirty: list[Outflow] = []
         self._empty = asyncio.Event()
         self.inboxes = Inboxes(boundary, entropy=entropy, fault=self.fault)
@@ -79,13 +80,13 @@ class Hub:
 
     def add(self, socket: Socket) -> None:
         """A socket is open."""
-        self._sockets.add(socket)
+        self._sockets[socket] = None
         self.metrics.sockets_opened.inc()
         self.metrics.sockets.set(len(self._sockets))
 
     def forget(self, socket: Socket, reason: str) -> None:
         """A socket is gone."""
-        self._sockets.discard(socket)
+        self._sockets.pop(socket, None)
         self.metrics.sockets.set(len(self._sockets))
         self.metrics.sockets_closed.labels(reason).inc()
         self._log.event("socket_closed", level="debug", reason=reason)

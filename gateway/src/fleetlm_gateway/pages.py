@@ -52,7 +52,7 @@ class Pages:
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, deque[tuple[Wanting, int]]] = {}
         self._active: dict[str, int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._count_ok = router.metrics.catch_up_pages.labels("ok").inc
 
     @property
@@ -83,8 +83,8 @@ class Pages:
                 continue
             self._active[shard] = self._active.get(shard, 0) + 1
             task = self._loop.create_task(self._read(shard, stream, after))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = None
+            task.add_done_callback(self._tasks.pop)
         if not queue:
             self._queues.pop(shard, None)
 

@@ -79,7 +79,7 @@ class Router:
         self._moved: dict[int, tuple[str, int]] = {}
         self._better: list[Callable[[], None]] = []
         self._pausing: dict[asyncio.Future[None], None] = {}  # in order: the simulator repeats itself
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._stopped = False
@@ -390,6 +390,6 @@ class Router:
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
         return task

@@ -83,7 +83,7 @@ class Socket(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._outstanding = 0
         self._outstanding_bytes = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._heard_s = self._refilled_s = hub.clock.monotonic_s()
         self._tokens = float(hub.config.frames_burst)
         self._timer: asyncio.TimerHandle | None = None
@@ -410,12 +410,12 @@ class Socket(asyncio.Protocol):
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run `work` for as long as the socket lives."""
         task = self._loop.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._spawned_ended)
         return task
 
     def _spawned_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (fault := task.exception()) is not None:
             # A request would stay unanswered: the socket ends, the client comes back, the fault is in the log.
             self.hub.fault(fault)

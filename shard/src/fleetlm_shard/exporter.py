@@ -162,7 +162,7 @@ class Exporter:
     def on_map(self, ring: RingMap, sealed: dict[Slot, str]) -> None:
         """Begin and end trackers; queue SEALED for what `sealed` says, behind all that is queued now."""
         moves = {move.id: move for move in ring.moves if move.source == self._shard}
-        for gone in self.trackers.keys() - moves.keys():
+        for gone in [move for move in self.trackers if move not in moves]:
             tracker = self.trackers.pop(gone)
             tracker.over = True
             tracker.sealed.set()

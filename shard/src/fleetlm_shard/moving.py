@@ -92,7 +92,7 @@ class Moves:
         self.exporter.on_map(ring, self._ownership.sealed)
         shard = self._credentials.shard
         wanted = {move.id: move for move in ring.moves if move.target == shard}
-        for gone in self._imports.keys() - wanted.keys():
+        for gone in [move for move in self._imports if move not in wanted]:
             ended = self._imports.pop(gone)
             self._ended_messages += ended.imported_messages
             self._ended_mismatches += ended.mismatches

@@ -114,7 +114,7 @@ class ShardProcess:
         self._events = outside.events
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[Ending] = self._loop.create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._boot = Boot(
             BootInputs(
                 config=config,
@@ -362,11 +362,11 @@ class ShardProcess:
     def _run(self, name: str, work: Coroutine[None, None, None]) -> None:
         """Run a part of the process as a task; if it fails, the process ends."""
         task = self._loop.create_task(work, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(partial(self._task_done, name))
 
     def _task_done(self, name: str, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled():
             error = task.exception()
             if error is not None:
