@@ -170,6 +170,10 @@ class _ReplayFile:
         """See `File`."""
         return int(self._do("size", lambda file: file.size()))
 
+    def stored_bytes(self) -> int:
+        """See `File`."""
+        return int(self._do("stored_bytes", lambda file: file.stored_bytes()))
+
     def view(self) -> memoryview:
         """See `File`; a snapshot."""
         return memoryview(self._do("view", lambda file: bytes(file.view())))
@@ -219,6 +223,10 @@ class _ReplayDisk:
     def link(self, source: str, target: str) -> None:
         """See `Disk`."""
         self._machine.do(f"link {target}", lambda disk: disk.link(source, target))
+
+    def replace(self, source: str, target: str) -> None:
+        """See `Disk`."""
+        self._machine.do(f"replace {target}", lambda disk: disk.replace(source, target))
 
     def unlink(self, path: str) -> None:
         """See `Disk`."""

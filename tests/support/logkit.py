@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 from fleetlm_shard.lanes import inline_lanes
 from fleetlm_shard.log import Durable, Log
 from fleetlm_shard.log_types import CheckpointRow, LogConfig, LogStopped, StoredMessage, lost_seqs
-from fleetlm_shard.records import Damaged, InsertedAt, LostMessage, Message, Replayed, content_hash, message_json
+from fleetlm_shard.records import (
+    Damaged,
+    InsertedAt,
+    LostMessage,
+    Message,
+    Replayed,
+    SlotsReleased,
+    content_hash,
+    message_json,
+)
 from fleetlm_shard.recovery import LogBoot, LogStart
 
 if TYPE_CHECKING:
@@ -134,6 +143,8 @@ class Opened:
         rows.update(self.log.rows())
         entries = [*self.replayed, *((pos, record) for pos, record, _ in self.durable)]
         for pos, record in entries:
+            if isinstance(record, SlotsReleased):
+                rows = {name: row for name, row in rows.items() if row.slot not in record.slots or row.last_pos > pos}
             if isinstance(record, LostMessage | Damaged) or not isinstance(record, Message):
                 continue
             row = rows.get(record.session)

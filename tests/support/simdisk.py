@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from fleetlm_shard.disk import Disk, File
 
 PAGE_BYTES: Final = 4096
-WRITES: Final = frozenset({"create", "link", "unlink", "mkdir", "pwrite", "pwrite-rest", "sync", "sync_folder"})
+WRITES: Final = frozenset(
+    {"create", "link", "replace", "unlink", "mkdir", "pwrite", "pwrite-rest", "sync", "sync_folder"}
+)
 """Operations that change something; a crash before any other one equals a crash before the next of these."""
 
 
@@ -318,6 +320,11 @@ class SimVolume:
         self._names[path] = number
         self._change(path, number)
 
+    def replace_name(self, path: str, number: str) -> None:
+        """Let a name be another file's, in the cache only: one change, so a power loss keeps the old or the new."""
+        self._names[path] = number
+        self._change(path, number)
+
     def drop_name(self, path: str) -> None:
         """Take a name away, in the cache only."""
         if path not in self._names:
@@ -463,6 +470,14 @@ class SimFile:
         with self._volume.guard:
             return len(self._volume.inode(self._handle).cache)
 
+    def stored_bytes(self) -> int:
+        """Pages of the cache that are not all zeros."""
+        self._step("size")
+        with self._volume.guard:
+            cache = self._volume.inode(self._handle).cache
+            pages = (cache[start : start + PAGE_BYTES] for start in range(0, len(cache), PAGE_BYTES))
+            return PAGE_BYTES * sum(any(page) for page in pages)
+
     def view(self) -> memoryview:
         """A mapping: later writes within the size show in it."""
         self._step("view")
@@ -542,6 +557,16 @@ class SimDisk:
             if number is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
             self.volume.add_name(target, number)
+
+    def replace(self, source: str, target: str) -> None:
+        """A rename over `target`: two names change, in the cache only."""
+        self.volume.step(self.name, "replace", target)
+        with self.volume.guard:
+            number = self.volume.lookup(source)
+            if number is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+            self.volume.replace_name(target, number)
+            self.volume.drop_name(source)
 
     def unlink(self, path: str) -> None:
         """A name less, in the cache only."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fleetlm_common.clock import iso_utc
 from fleetlm_shard.records import (
+    VOID_TAIL,
     CursorMoved,
     Damaged,
     Imported,
@@ -26,6 +27,7 @@ from fleetlm_shard.records import (
     SlotsSealed,
     Trimmed,
     UnknownRecord,
+    Void,
     content_hash,
     decode,
     encode,
@@ -134,7 +136,10 @@ GOLDEN: dict[str, Record] = {
 def test_golden_vectors() -> None:
     """Each kind of record keeps its bytes: volumes outlive versions. A change is a new type."""
     vectors = json.loads((Path(__file__).parents[1] / "golden" / "records-v1.json").read_text())
-    assert vectors.keys() == GOLDEN.keys() == {kind.name for kind in RecordType} - {"BATCH"}
+    assert vectors.keys() == GOLDEN.keys() | {"VOID"} == {kind.name for kind in RecordType} - {"BATCH"}
+    void = bytes.fromhex(vectors["VOID"])
+    assert void == VOID_TAIL
+    assert decode(void[0], 0, bytes(100)) == Void()
     for name, record in GOLDEN.items():
         written = bytes.fromhex(vectors[name])
         assert encode(record) == written, name

@@ -43,6 +43,8 @@ class Link:
     inserted_at_us_max: int = 0
     messages: int = 0
     """This and the field before: what the index says, once it is in a table."""
+    stored_bytes: int = 0
+    """What its file takes, once it is sealed: less than its length when it was compacted."""
 
     @property
     def id(self) -> SegmentId:
@@ -247,7 +249,7 @@ def index_of(data: bytes, link: Link) -> MemoryIndex:
     return index
 
 
-def add_frames(index: MemoryIndex, data: bytes, frames: Sequence[framing.Frame]) -> None:
+def add_frames(index: MemoryIndex, data: bytes | memoryview, frames: Sequence[framing.Frame]) -> None:
     """Take the messages among checked frames into an index."""
     for pos, kind, _slot, start, stop in frames:
         if kind in MESSAGES:

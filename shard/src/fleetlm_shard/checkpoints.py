@@ -102,6 +102,54 @@ class Checkpoint:
         return (lambda value: _decode_row(value).slot in slots) if slots else None
 
 
+class KeptCheckpoints:
+    """The newest checkpoint and the one to fall back to; owned by the running log.
+
+    Args:
+        newest: what boot found, if there is one.
+        listed: all that boot found.
+    """
+
+    def __init__(self, newest: Checkpoint | None, listed: Sequence[CheckpointId]) -> None:
+        self._kept = [newest] if newest else []
+        self._older = [own for own in listed if newest and own < newest.id]
+
+    @property
+    def newest(self) -> Checkpoint | None:
+        """What is read from."""
+        return self._kept[-1] if self._kept else None
+
+    def add(self, made: Checkpoint) -> list[CheckpointId]:
+        """A newer one is durable; returns those that may go now."""
+        self._kept.append(made)
+        doomed = [] if len(self._kept) < CHECKPOINTS_KEPT else self._older
+        if doomed:
+            self._older = []
+        while len(self._kept) > CHECKPOINTS_KEPT:
+            oldest = self._kept.pop(0)
+            oldest.table.close()
+            doomed = [*doomed, oldest.id]
+        return doomed
+
+    def limit_pos(self) -> int:
+        """No boot reads what lies below, whichever of them it begins with; 0 before there are two."""
+        return min(each.stored.replay_from_pos for each in self._kept) if self._are_enough else 0
+
+    def released(self) -> dict[int, int]:
+        """Slot → position of the newest RELEASED that each of them knows; empty before there are two."""
+        slots = {slot for each in self._kept for slot in each.stored.released} if self._are_enough else set[int]()
+        return {slot: min(each.stored.released.get(slot, 0) for each in self._kept) for slot in slots}
+
+    @property
+    def _are_enough(self) -> bool:
+        return len(self._kept) == CHECKPOINTS_KEPT
+
+    def close(self) -> None:
+        """Close their files."""
+        for each in self._kept:
+            each.table.close()
+
+
 def load_checkpoint(disk: Disk, own_id: CheckpointId) -> Checkpoint:
     """Open a checkpoint and check every byte of it.
 

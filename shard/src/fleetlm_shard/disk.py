@@ -39,6 +39,10 @@ class File(Protocol):
         """Length in bytes."""
         ...
 
+    def stored_bytes(self) -> int:
+        """Space that the file takes; less than its length if it has holes that were never written."""
+        ...
+
     def view(self) -> memoryview:
         """Map the whole file read-only; the view stays valid after `close`. An empty file gives an empty view."""
         ...
@@ -75,6 +79,10 @@ class Disk(Protocol):
         """Give the file a second name; FileExistsError if the name is taken."""
         ...
 
+    def replace(self, source: str, target: str) -> None:
+        """Give the name `target` to the file `source`, which loses its own; what had the name before has it no more."""
+        ...
+
     def unlink(self, path: str) -> None:
         """Remove a name."""
         ...
@@ -84,7 +92,7 @@ class Disk(Protocol):
         ...
 
     def sync_folder(self, folder: str) -> None:
-        """Make creations, links and removals in `folder` durable."""
+        """Make creations, links, replacements and removals in `folder` durable."""
         ...
 
     def free_bytes(self) -> int:
@@ -133,6 +141,10 @@ class OsFile:
     def size(self) -> int:
         """Fstat."""
         return os.fstat(self._fd).st_size
+
+    def stored_bytes(self) -> int:
+        """Fstat: blocks of 512 bytes."""
+        return os.fstat(self._fd).st_blocks * 512
 
     def view(self) -> memoryview:
         """Map the file."""
@@ -187,6 +199,10 @@ class OsDisk:
     def link(self, source: str, target: str) -> None:
         """Hard link."""
         os.link(self._path(source), self._path(target))
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename over it, atomically."""
+        os.replace(self._path(source), self._path(target))  # noqa: PTH105
 
     def unlink(self, path: str) -> None:
         """Remove a name."""

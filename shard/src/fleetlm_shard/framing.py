@@ -38,7 +38,7 @@ _BATCH_BODY: Final = struct.Struct("<QQII")
 _BATCH_TAIL: Final = struct.Struct("<BBHIQQII")
 BATCH_FRAME_BYTES: Final = FRAME_BYTES + _BATCH_BODY.size
 _BATCH: Final = 1
-_LAST_TYPE: Final = 13
+_LAST_TYPE: Final = 14
 
 MESSAGE_FRAME_BYTES_MIN: Final = 160
 """No MESSAGE frame is shorter (16 + 34 + 1 + the JSON's fixed members, 115): bounds how many a hole can have held."""
@@ -46,7 +46,7 @@ SALVAGE_TRIES_MAX: Final = 200_000
 """Places in one hole at which a whole frame is looked for: bounds boot to a second or so; the rest counts as lost."""
 
 _BATCH_LIKE: Final = re.compile(rb"\x18\x00\x00\x00[\s\S]{4}\x01\x00\x00\x00\x00\x00\x00\x00")
-_FRAME_LIKE: Final = re.compile(rb"(?=[\s\S]{8}[\x02-\x0d]\x00[\s\S]{2}\x00{4})")
+_FRAME_LIKE: Final = re.compile(rb"(?=[\s\S]{8}[\x02-\x0e]\x00[\s\S]{2}\x00{4})")
 
 Frame = tuple[int, int, int, int, int]
 """A checked frame: position, type, slot, and where its body starts and ends in the scanned bytes."""

@@ -32,9 +32,19 @@ if TYPE_CHECKING:
 
 
 def write_index(
-    disk: Disk, temps: TempNames, link: Link, index: MemoryIndex, *, made_in: int, pause: Callable[[], None]
+    disk: Disk,
+    temps: TempNames,
+    link: Link,
+    index: MemoryIndex,
+    *,
+    pause: Callable[[], None],
+    made_in: int = 0,
+    path: str | None = None,
 ) -> str:
-    """Write a sealed segment's index; durable when it returns. Returns its path."""
+    """Write a sealed segment's index, in place of the one at `path` or as one of term `made_in`; returns its path.
+
+    Durable when it returns.
+    """
     temp = temps.next()
     file = disk.create(temp)
     try:
@@ -48,6 +58,10 @@ def write_index(
         discard(disk, file, temp)
         raise
     file.close()
+    if path is not None:
+        disk.replace(temp, path)
+        disk.sync_folder(LOG_FOLDER)
+        return path
     path = index_path(IndexId(link.id, made_in))
     publish(disk, temp, path)
     return path

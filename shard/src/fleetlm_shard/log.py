@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetlm_shard.appender import Appender, Durable
 from fleetlm_shard.chain import messages_from
-from fleetlm_shard.checkpoints import CHECKPOINTS_KEPT, Checkpoint, StoredMeta, write_checkpoint
+from fleetlm_shard.checkpoints import KeptCheckpoints, StoredMeta, write_checkpoint
+from fleetlm_shard.compaction import Candidates, compact_segment, waits
 from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
@@ -26,8 +27,9 @@ from fleetlm_shard.segments import CheckpointId, SegmentId, checkpoint_path, kee
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
+    from fleetlm_common.ids import SessionId
     from fleetlm_shard.chain import Link
     from fleetlm_shard.framing import SegmentHeader
     from fleetlm_shard.lanes import Lanes
@@ -90,14 +92,11 @@ class Log:
         self._damage = list(start.damage)
         self._trim = start.trim
         self._released = start.released
-        self._checkpoint = start.checkpoint
-        self._kept = [start.checkpoint] if start.checkpoint else []
-        self._old_checkpoints = [
-            own for own in start.listing.checkpoints if start.checkpoint and own < start.checkpoint.id
-        ]
+        self._kept = KeptCheckpoints(start.checkpoint, start.listing.checkpoints)
         self._next_checkpoint = 1
         self._checkpointing = False
         self._trimming = False
+        self._candidates = Candidates()
         self._sealing = False
         self._memory_only: set[SegmentId] = set()
         self._own_pending = 0
@@ -204,6 +203,7 @@ class Log:
 
     def segment_sealed(self, old: Link, active: Link) -> None:
         """From the appender: the log goes on in another segment."""
+        old.stored_bytes = old.header.size
         self._sealed.append(old)
         self._boundaries.append(active.header.base_pos)
         self._seal_next()
@@ -310,18 +310,21 @@ class Log:
         Raises:
             TableDamaged: the block has rotted since boot.
         """
-        return self._checkpoint.row(session) if self._checkpoint else None
+        newest = self._kept.newest
+        return newest.row(session) if newest else None
 
     def rows(self, after: str = "") -> Iterator[tuple[str, CheckpointRow]]:
         """Rows of the newest checkpoint after a session id, in the order of UTF-8 bytes.
 
         Not to be kept over an `await`: the file is closed when it has been replaced twice.
         """
-        return self._checkpoint.rows(after) if self._checkpoint else iter(())
+        newest = self._kept.newest
+        return newest.rows(after) if newest else iter(())
 
     def names(self, after: str = "") -> Iterator[str]:
         """As `rows`, only the ids, and also of rows whose slots were released since."""
-        return self._checkpoint.names(after) if self._checkpoint else iter(())
+        newest = self._kept.newest
+        return newest.names(after) if newest else iter(())
 
     def released_pos(self, slot: int) -> int:
         """Nothing of the slot below this position counts; 0: all does."""
@@ -368,7 +371,7 @@ class Log:
                 await self._appender.sync()
             own_id = CheckpointId(self._term, self._next_checkpoint)
             self._next_checkpoint += 1
-            old, disk, temps, pause = self._checkpoint, self._disk, self._temps, self._lanes.pause
+            old, disk, temps, pause = self._kept.newest, self._disk, self._temps, self._lanes.pause
             gone = old.gone() if old else None
             made = await self._in_background(
                 lambda: write_checkpoint(
@@ -383,27 +386,14 @@ class Log:
         finally:
             self._checkpointing = False
         self._stats.checkpoints += 1
-        self._replace_checkpoint(made)
+        doomed = [checkpoint_path(each) for each in self._kept.add(made)]
+        self._lanes.background.submit(lambda: unlink_all(disk, doomed), self._background_done)
 
     def _boundary(self, pos: int) -> int:
         """The start of the batch at or before `pos` from which a boot can read."""
         if pos == self.durable_pos:
             return pos
         return self._boundaries[max(bisect_right(self._boundaries, pos) - 1, 0)]
-
-    def _replace_checkpoint(self, made: Checkpoint) -> None:
-        self._checkpoint = made
-        self._kept.append(made)
-        doomed = [] if len(self._kept) < CHECKPOINTS_KEPT else self._old_checkpoints
-        if doomed:
-            self._old_checkpoints = []
-        while len(self._kept) > CHECKPOINTS_KEPT:
-            oldest = self._kept.pop(0)
-            oldest.table.close()
-            doomed = [*doomed, oldest.id]
-        if doomed:
-            disk, paths = self._disk, [checkpoint_path(each) for each in doomed]
-            self._lanes.background.submit(lambda: unlink_all(disk, paths), self._background_done)
 
     # Sealing and retention -----------------------------------------------------------------------------------------
 
@@ -465,21 +455,21 @@ class Log:
             self._stats.trimmed_segments += count
             ids = [link.id for link in gone]
             await self._in_background(lambda: delete_segments(self._disk, ids))
-            paths = [link.index_path for link in self._sealed if link.index_path is not None]
-            for lane, cache in zip(self._lanes.readers, self._caches, strict=True):
-                lane.submit(partial(cache.keep_only, paths), self._background_done)
+            self._close_indexes()
         finally:
             self._trimming = False
         return True
 
+    def _close_indexes(self, doomed: Container[str | None] = frozenset()) -> None:
+        """Readers let go of files that have no name any more: they would take space."""
+        paths = [link.index_path for link in self._sealed if link.index_path and link.index_path not in doomed]
+        for lane, cache in zip(self._lanes.readers, self._caches, strict=True):
+            lane.submit(partial(cache.keep_only, paths), self._background_done)
+
     def _trimmable(self, max_bytes: int | None, max_age_s: float | None, now_ms: int, below_pos: int | None) -> int:
         """How many of the oldest segments may go."""
-        if len(self._kept) < CHECKPOINTS_KEPT:
-            return 0
-        limit_pos = min(each.stored.replay_from_pos for each in self._kept)
-        if below_pos is not None:
-            limit_pos = min(limit_pos, below_pos)
-        total = sum(link.header.size for link in self._sealed) + self._appender.active.header.size
+        limit_pos = self._limit_pos(below_pos)
+        total = self._stored_bytes()
         count = 0
         for link in self._sealed:
             inserted_at_us_max = link.index.inserted_at_us_max if link.index else link.inserted_at_us_max
@@ -487,9 +477,56 @@ class Log:
             too_old = max_age_s is not None and inserted_at_us_max < (now_ms - max_age_s * 1000) * 1000
             if link.end_pos > limit_pos or not (too_large or too_old):
                 break
-            total -= link.header.size
+            total -= link.stored_bytes
             count += 1
         return count
+
+    def _limit_pos(self, below_pos: int | None) -> int:
+        """What may go, or be written anew: no boot reads it, and it is archived."""
+        limit_pos = self._kept.limit_pos()
+        return limit_pos if below_pos is None else min(limit_pos, below_pos)
+
+    def _stored_bytes(self) -> int:
+        return sum(link.stored_bytes for link in self._sealed) + self._appender.active.header.size
+
+    async def compact(self, slot_of: Callable[[SessionId], int], *, below_pos: int | None = None) -> int:
+        """Write a sealed segment anew without what RELEASED made void (`compaction.py`); one a call.
+
+        Of the same segments as `trim`. Returns how many bytes the volume got back.
+
+        Raises:
+            OSError: the disk refuses; nothing has changed.
+        """
+        if self._checkpointing:
+            return 0
+        released = self._kept.released()
+        link = self._candidates.next(self._sealed, released, limit_pos=self._limit_pos(below_pos))
+        if link is None:
+            return 0
+        base_pos, end_pos = link.header.base_pos, link.end_pos
+        # Batches become one: no checkpoint may say any more that a boot begins in the middle of them.
+        self._boundaries = [pos for pos in self._boundaries if not base_pos < pos < end_pos]
+        disk, temps, pause = self._disk, self._temps, self._lanes.pause
+        made = await self._in_background(
+            lambda: compact_segment(disk, temps, link, released=released, slot_of=slot_of, pause=pause)
+        )
+        if made is None:
+            return 0
+        back_bytes = link.stored_bytes - made.stored_bytes
+        link.stored_bytes, link.messages = made.stored_bytes, made.messages
+        link.inserted_at_us_max = made.inserted_at_us_max
+        self._stats.compacted_segments += 1
+        self._stats.compacted_bytes += back_bytes
+        self._close_indexes({link.index_path})
+        return back_bytes
+
+    def compaction_waits(self, keys_from_pos: int) -> bool:
+        """Whether there may be more to compact once there are newer checkpoints.
+
+        Args:
+            keys_from_pos: where the idempotency window begins: what a checkpoint that is made now would keep.
+        """
+        return waits(self._sealed, self._released, self._kept, keys_from_pos=keys_from_pos)
 
     # The rest ------------------------------------------------------------------------------------------------------
 
@@ -539,10 +576,10 @@ class Log:
         """Counters and sizes, as of now."""
         stats, appender = self._stats, self._appender
         stats.segments = len(self._sealed) + 1
-        stats.segment_bytes = sum(link.header.size for link in self._sealed) + appender.active.header.size
+        stats.segment_bytes = self._stored_bytes()
         stats.queued_records, stats.queued_bytes = appender.queued
         stats.durable_pos = appender.durable_pos
-        stats.checkpoint_pos = self._checkpoint.stored.pos if self._checkpoint else 0
+        stats.checkpoint_pos = self._kept.newest.stored.pos if self._kept.newest else 0
         stats.trim_pos = self.trim_pos
         stats.free_bytes = appender.free_bytes
         stats.rounds = appender.rounds
@@ -558,8 +595,7 @@ class Log:
         self._lanes.close()
         for cache in self._caches:
             cache.keep_only(())
-        for kept in self._kept:
-            kept.table.close()
+        self._kept.close()
 
 
 def _nothing() -> None:

@@ -222,6 +222,8 @@ class LogStats:
     background_failures: int = 0
     trim_pos: int = 0
     trimmed_segments: int = 0
+    compacted_segments: int = 0
+    compacted_bytes: int = 0
     free_bytes: int = 0
     reads: int = 0
     damage: list[Damage] = field(default_factory=list[Damage])

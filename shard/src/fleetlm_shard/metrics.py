@@ -71,6 +71,12 @@ COUNTERS: Final[tuple[tuple[str, str, Number], ...]] = (
     ("log_rotations", "Segments begun", lambda s: s.log.stats.rotations),
     ("log_reads", "Pages read back", lambda s: s.log.stats.reads),
     ("log_trimmed_segments", "Segments dropped by retention", lambda s: s.log.stats.trimmed_segments),
+    (
+        "log_compacted_segments",
+        "Segments written anew without what had moved away",
+        lambda s: s.log.stats.compacted_segments,
+    ),
+    ("log_compacted_bytes", "Bytes that the volume got back by it", lambda s: s.log.stats.compacted_bytes),
     ("log_background_failures", "Housekeeping of the log that failed", lambda s: s.log.stats.background_failures),
     ("moves_sealed", "Moves away for which this shard sealed itself", lambda s: s.moves.exporter.seals),
     ("moves_confirmed", "Moves to here that were confirmed", lambda s: s.moves.confirmed),

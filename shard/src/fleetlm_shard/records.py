@@ -43,6 +43,7 @@ class RecordType(IntEnum):
     STATE = 11
     SEALED = 12
     CONFIRMED = 13
+    VOID = 14
 
 
 class UnknownRecord(Exception):
@@ -153,6 +154,10 @@ class Damaged(msgspec.Struct, frozen=True, array_like=True, gc=False):
     lost_max: int
 
 
+class Void(msgspec.Struct, frozen=True, gc=False):
+    """Here stood records of slots that were released (`compaction.py`); only read."""
+
+
 class LostMessage(msgspec.Struct, frozen=True, gc=False):
     """Only handed out by recovery, never written: a sealed index names this message, but its bytes are damaged.
 
@@ -167,7 +172,7 @@ Slotted = SessionCreated | CursorMoved | SessionImported
 """Records of one session that are no messages."""
 Record = Message | Slotted | SlotsOpened | SlotsReleased | SlotsSealed | MoveConfirmed | Trimmed | Damaged
 """What can be appended."""
-Replayed = Record | LostMessage
+Replayed = Record | LostMessage | Void
 """What recovery hands out."""
 
 _MESSAGE: Final = int(RecordType.MESSAGE)
@@ -175,6 +180,11 @@ _MESSAGE: Final = int(RecordType.MESSAGE)
 IMPORTS: Final = frozenset({int(RecordType.IMPORTED), int(RecordType.IMPORTED_KEYLESS)})
 MESSAGES: Final = frozenset({_MESSAGE, *IMPORTS})
 """Types whose body is a message's."""
+OF_A_SLOT: Final = MESSAGES | {int(each) for each in (RecordType.SESSION, RecordType.CURSOR, RecordType.STATE)}
+"""Types that do not count any more once their slot is released."""
+VOID_TAIL: Final = _TAIL_HEAD.pack(RecordType.VOID, 0, 0, 0)
+"""A VOID's frame without its first 8 bytes; zeros follow."""
+_VOID: Final = Void()
 _pack = msgspec.msgpack.Encoder().encode
 _SLOTTED: Final[dict[type, RecordType]] = {
     SessionCreated: RecordType.SESSION,
@@ -213,7 +223,7 @@ def encode(record: Record) -> bytes:
     return _TAIL_HEAD.pack(_SLOTTED[type(record)], 0, slot, 0) + _pack(record)
 
 
-def decode(kind: int, slot: int, body: bytes | memoryview) -> Record:
+def decode(kind: int, slot: int, body: bytes | memoryview) -> Record | Void:
     """The value of a frame whose checksum was right.
 
     Raises:
@@ -226,6 +236,8 @@ def decode(kind: int, slot: int, body: bytes | memoryview) -> Record:
         return decoder.decode(body)
     if kind in IMPORTS:
         return Imported(slot, *_message_fields(body), kind == RecordType.IMPORTED)
+    if kind == RecordType.VOID:
+        return _VOID
     raise UnknownRecord(f"record type {kind} is not known to this version")
 
 

@@ -416,6 +416,7 @@ class LogBoot:
         for link in sealed:
             if link.index is not None:
                 link.inserted_at_us_max = link.index.inserted_at_us_max
+            link.stored_bytes = self._stored_bytes(link)
         self._fence.look()
         return LogStart(
             disk=self._disk,
@@ -435,6 +436,16 @@ class LogBoot:
             strays=self.strays,
             boundaries=[pos for pos in self._boundaries if pos < header.base_pos] + [header.base_pos],
         )
+
+    def _stored_bytes(self, link: Link) -> int:
+        try:
+            file = self._disk.open(link.path)
+        except FileNotFoundError:
+            return 0
+        try:
+            return file.stored_bytes()
+        finally:
+            file.close()
 
     def _first_data(self, seed: int) -> bytes:
         end = self._end

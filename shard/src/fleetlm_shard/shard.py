@@ -177,6 +177,7 @@ class Shard:
             holdings=self.holdings,
             clean=self.moves.clean,
             archived_below=lambda: None if self.archiver is None else self.archiver.floor_pos,
+            slot_of=self.slot_of,
             config=config,
             clock=world.clock,
             sleep=world.sleep,

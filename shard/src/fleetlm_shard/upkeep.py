@@ -1,4 +1,4 @@
-"""What a running shard does now and then: checkpoints, retention, forgetting old keys.
+"""What a running shard does now and then: checkpoints, retention, compaction, forgetting old keys.
 
 Promise: a checkpoint's rows hold every record below its position (rows gathered later may hold more: replaying a record
 twice changes nothing); the loop is never held up for more than a slice. A checkpoint that fails is tried again later;
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from fleetlm_common.clock import Clock
+    from fleetlm_common.ids import SessionId
     from fleetlm_common.logs import Logger
     from fleetlm_shard.config import ShardConfig
     from fleetlm_shard.holdings import Holdings
@@ -43,6 +44,7 @@ class Upkeep:
         holdings: Holdings,
         clean: Callable[[], None],
         archived_below: Callable[[], int | None],
+        slot_of: Callable[[SessionId], int],
         config: ShardConfig,
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]],
@@ -54,6 +56,7 @@ class Upkeep:
         self._holdings = holdings
         self._clean = clean
         self._archived_below = archived_below
+        self._slot_of = slot_of
         self._config = config
         self._clock = clock
         self._sleep = sleep
@@ -76,6 +79,9 @@ class Upkeep:
             if now_s >= self._retention_due_s:
                 self._retention_due_s = now_s + RETENTION_S
                 await self.retain()
+                if self._log.compaction_waits(self._keys.from_pos(self._log.durable_pos)):
+                    await self.checkpoint()
+            await self.compact()
 
     def checkpoint_due(self) -> bool:
         """The log has grown, or too many sessions have changed, since the last checkpoint."""
@@ -136,3 +142,13 @@ class Upkeep:
             return
         if moved:
             self._events.event("retention.trimmed", pos=self._log.trim_pos)
+
+    async def compact(self) -> None:
+        """Give back what slots that moved away left in one segment, if there is one where that is worth it."""
+        try:
+            bytes_back = await self._log.compact(self._slot_of, below_pos=self._archived_below())
+        except OSError as error:
+            self._events.event("compaction.failed", level="warning", error=str(error))
+            return
+        if bytes_back:
+            self._events.event("compaction.done", bytes=bytes_back)

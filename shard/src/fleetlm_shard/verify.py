@@ -8,6 +8,7 @@ sealed is checked, and the report says so. Must not be done here: repairs.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,18 +21,28 @@ from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.framing import HEADER_BYTES, Hole, UnknownFormat
 from fleetlm_shard.identity import read_identity
 from fleetlm_shard.log_types import LogUnreadable
-from fleetlm_shard.records import Damaged, Imported, Message, SessionImported, SlotsReleased, Trimmed
-from fleetlm_shard.segment_index import IndexMeta, MemoryIndex
+from fleetlm_shard.records import (
+    OF_A_SLOT,
+    Damaged,
+    Imported,
+    Message,
+    RecordType,
+    SessionImported,
+    SlotsReleased,
+    Trimmed,
+)
+from fleetlm_shard.segment_index import IndexMeta, MemoryIndex, decode_runs
 from fleetlm_shard.segments import LOG_FOLDER, Listing, checkpoint_path, index_path, parse_names, segment_path
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
 from fleetlm_shard.terms import find_highest_term
 from fleetlm_shard.volume_types import VolumeUnreadable, term_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from fleetlm_shard.disk import Disk
+    from fleetlm_shard.framing import Frame
 
 PROBLEMS_MAX = 1000
 """Problems told one by one; a destroyed disk would tell millions."""
@@ -117,6 +128,7 @@ class _Verification:
         self._known: list[Damaged] = []
         self._trim_pos = 0
         self._checkpoint: Checkpoint | None = None
+        self._released: Mapping[int, int] = {}
         self.report = report
 
     def _problem(self, path: str, what: str) -> None:
@@ -185,6 +197,7 @@ class _Verification:
             stored = self._checkpoint.stored
             self._known += [Damaged(*each) for each in stored.damage]
             self._trim_pos = stored.trim.below_pos if stored.trim else 0
+            self._released = stored.released
 
     def _against_checkpoint(self) -> None:
         if self._checkpoint is None:
@@ -237,6 +250,7 @@ class _Verification:
         if not span.whole:
             self._problem(link.path, "the file is shorter than its header says, or the disk does not give its bytes")
         index, holes, at_pos = MemoryIndex(), False, header.base_pos
+        gone: list[tuple[int, int]] = []
         pieces = framing.scan(
             span.data,
             start_pos=header.base_pos,
@@ -247,15 +261,22 @@ class _Verification:
             if isinstance(piece, Hole):
                 holes = True
                 self._hole(link, piece)
-            add_frames(index, span.data, piece.frames)
-            for pos, kind, slot, start, stop in piece.frames:
+            gone += [(frame[0], header.base_pos + frame[4]) for frame in piece.frames if self._is_gone(frame)]
+            frames = [frame for frame in piece.frames if not self._is_gone(frame)]
+            add_frames(index, span.data, frames)
+            for pos, kind, slot, start, stop in frames:
                 self._record(link, pos, kind=kind, slot=slot, body=span.data[start:stop])
             at_pos = piece.end_pos
         report.checked_bytes += HEADER_BYTES + len(span.data)
         if not sealed:
             report.torn_bytes = len(span.data[at_pos - header.base_pos :].rstrip(b"\0"))
             link.end_pos = at_pos
-        self._indexes(link, index, holes=holes)
+        self._indexes(link, index, gone, holes=holes)
+
+    def _is_gone(self, frame: Frame) -> bool:
+        """Whether a compaction made a VOID of it, or may: by the newest checkpoint it does not count any more."""
+        pos, kind, slot, _, _ = frame
+        return kind == RecordType.VOID or (kind in OF_A_SLOT and pos < self._released.get(slot, 0))
 
     def _header(self, link: Link) -> None:
         try:
@@ -335,19 +356,19 @@ class _Verification:
 
     # Indexes -------------------------------------------------------------------------------------------------------
 
-    def _indexes(self, link: Link, index: MemoryIndex, *, holes: bool) -> None:
+    def _indexes(self, link: Link, index: MemoryIndex, gone: list[tuple[int, int]], *, holes: bool) -> None:
         for own in self._listing.indexes:
             if own.segment != link.id:
                 continue
             path = index_path(own)
             try:
-                self._index(link, index, path, holes=holes)
+                self._index(link, index, gone, path, holes=holes)
             except (TableDamaged, msgspec.MsgspecError) as error:
                 self._problem(path, str(error))
             except FileNotFoundError:
                 continue
 
-    def _index(self, link: Link, index: MemoryIndex, path: str, *, holes: bool) -> None:
+    def _index(self, link: Link, index: MemoryIndex, gone: list[tuple[int, int]], path: str, *, holes: bool) -> None:
         file = self._disk.open(path)
         try:
             table = Table(file, KIND_INDEX)
@@ -363,11 +384,30 @@ class _Verification:
             return
         if holes:
             return
-        for ours, theirs in _longest(iter(entries), index.entries(link.header.base_pos, lambda: None)):
+        counted = _without(entries, gone, link.header.base_pos)
+        for ours, theirs in _longest(counted, index.entries(link.header.base_pos, lambda: None)):
             if ours != theirs:
                 session = (ours or theirs or (b"?", b""))[0].decode(errors="replace")
                 self._problem(path, f"does not agree with its segment, first at session {session!r}")
                 return
+
+
+def _without(
+    entries: list[tuple[bytes, bytes]], gone: list[tuple[int, int]], base_pos: int
+) -> Iterator[tuple[bytes, bytes]]:
+    """An index's entries without the messages at these ranges: a crash may leave it older than its segment."""
+    if not gone:
+        yield from entries
+        return
+    starts = [start_pos for start_pos, _ in gone]
+    for key, value in entries:
+        index = MemoryIndex()
+        for run in decode_runs(value, base_pos):
+            for seq, pos in enumerate(run[1:], run[0]):
+                at = bisect_right(starts, pos) - 1
+                if at < 0 or pos >= gone[at][1]:
+                    index.add(key.decode(), seq, pos)
+        yield from index.entries(base_pos, lambda: None)
 
 
 def _longest(

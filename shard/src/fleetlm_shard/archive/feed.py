@@ -16,7 +16,7 @@ from fleetlm_shard.archive.errors import FeedBroken
 from fleetlm_shard.chain import Link, read_span
 from fleetlm_shard.framing import BATCH_FRAME_BYTES, Hole, SegmentHeader, scan
 from fleetlm_shard.log_types import BATCH_BYTES_MAX
-from fleetlm_shard.records import decode
+from fleetlm_shard.records import Void, decode
 
 if TYPE_CHECKING:
     from fleetlm_shard.disk import Disk
@@ -75,7 +75,10 @@ def read_piece(disk: Disk, places: Places, pos: int) -> Piece:
     records: list[tuple[int, Record]] = []
     at, damaged = pos, 0
     for piece in scan(data, start_pos=pos, seed=segment.header.seed, proven_pos=proven_pos):
-        records.extend((own, decode(kind, slot, data[start:stop])) for own, kind, slot, start, stop in piece.frames)
+        for own, kind, slot, start, stop in piece.frames:
+            record = decode(kind, slot, data[start:stop])
+            if not isinstance(record, Void):
+                records.append((own, record))
         at = piece.end_pos
         damaged += isinstance(piece, Hole)
     if at == pos:
