@@ -44,6 +44,7 @@ class Drive:
         fail_sync_in: syncs until one fails.
         fail_writer_only: only syncs of batches count for that.
         power_in: operations until the machine loses its power.
+        only: what counts for `crash_in` and `power_in`, if not every operation does.
         frozen: told which process stands still inside a batch.
         lose_power: what ends everything on the machine.
     """
@@ -61,6 +62,7 @@ class Drive:
     fail_writer_only: bool = False
     writing: bool = False
     power_in: int | None = None
+    only: frozenset[str] | None = None
     lose_power: Callable[[], None] = lambda: None
     frozen: Callable[[SimProcess], None] = lambda _: None
     processes: dict[str, SimProcess] = field(default_factory=dict[str, SimProcess])
@@ -71,7 +73,7 @@ class Drive:
 
     def calm(self) -> None:
         """No fault is pending any more."""
-        self.crash_in = self.freeze_in = self.fail_sync_in = self.power_in = None
+        self.crash_in = self.freeze_in = self.fail_sync_in = self.power_in = self.only = None
         self.latency_s = self.usual_latency_s
         self.prepare_s = self.round_s = 0.0
         self.volume.capacity_bytes = 1 << 40
@@ -91,10 +93,11 @@ class Drive:
         may_freeze = baton is not None and (op.name.startswith("pwrite") or not self.freeze_writes_only)
         if baton is not None and may_freeze and self._counted("freeze_in", process, op):
             baton.pause()
-        if self._counted("crash_in", process, op):
-            process.kill()
-        if self._counted("power_in", process, op):
-            self.lose_power()
+        if self.only is None or op.name in self.only:
+            if self._counted("crash_in", process, op):
+                process.kill()
+            if self._counted("power_in", process, op):
+                self.lose_power()
         if process.dead:
             raise SimCrash(f"{op.process} ended before {op.name} {op.path}")
         counts = op.name == "sync" and (self.writing or not self.fail_writer_only)

@@ -223,6 +223,12 @@ PLANTS: Final = (
         "            if message.seq != received + 1 or full:\n                self.behind = True\n",
         "            if message.seq != received + 1 or full:\n",
     ),
+    Plant(
+        "a compaction takes what came back, too",
+        "fleetlm_shard/compaction.py",
+        "dead = kind in OF_A_SLOT and pos < self._released.get(slot, 0)\n",
+        "dead = kind in OF_A_SLOT and slot in self._released\n",
+    ),
 )
 
 

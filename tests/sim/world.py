@@ -28,6 +28,8 @@ from tests.sim.nemesis import Nemesis
 from tests.sim.network import Network
 from tests.sim.nodes import ControllerNode, GatewayNode, Node, ShardNode
 from tests.sim.people import People
+from tests.sim.rest import RESTING, Rest
+from tests.sim.rest import SETTINGS as REST_SETTINGS
 from tests.sim.trace import Trace
 from tests.sim.wire import Watch
 from tests.sim.workload import SETTINGS, ClientNode
@@ -80,6 +82,7 @@ class World:
         people: in a run in which slots move: who asks for what. Chance of moves has a generator of its own, so that
             runs without moves are the same whatever is changed about moves.
         moment: in such a run: when people ask for one move more.
+        rest: in some of them: the spell before the last read.
     """
 
     def __init__(self, seed: int) -> None:
@@ -102,6 +105,10 @@ class World:
         self.moment_rng = random.Random(f"moment of {seed}")
         self.moment = self.moment_rng.choice(MOMENTS) if self.people is not None else None
         self.shard_settings |= SETTINGS_OF.get(self.moment, {})
+        rest_rng = random.Random(f"rest of {seed}")
+        self.rest = Rest(self, rest_rng) if self.people is not None and rest_rng.random() < RESTING else None
+        if self.rest is not None:
+            self.shard_settings |= REST_SETTINGS
         self.shards = [ShardNode(self, f"shard-{number}") for number in range(shards)]
         self.gateways = [GatewayNode(self, f"gateway-{n}", 4000 + n) for n in range(rng.choice((1, 2, 2)))]
         self.controllers = [ControllerNode(self, f"controller-{n}") for n in range(rng.choice((1, 2)))]
@@ -146,6 +153,9 @@ class World:
         prompt_s = PROMPT_S + (FULL_S if "full" in self.nemesis.kinds else 0.0)
         await self._until(self._settled, prompt_s, "settle")
         await self._until(self._nothing_under_way, OWED_S, "gateways")
+        if self.rest is not None:
+            await self.rest.run()
+            await self._until(self._calm, HEAL_S, "calm after the rest")
         await self._read_all()
         await self._until(self._readers_converged, prompt_s, "readers")
         await self._wait_for_what_is_owed()
