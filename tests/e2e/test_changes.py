@@ -53,7 +53,7 @@ async def test_an_upgrade_in_place(changed: Ring) -> None:
     claims = [pod["spec"]["volumes"] for pod in await changed.pods("shard")]
 
     async def script(traffic: Traffic) -> None:
-        await changed.apply({"version": UPGRADE, "replicas": 3})
+        await changed.apply({"version": UPGRADE, "replicas": 3, "update": {"strategy": "InPlace"}})
         await changed.ready()
 
     await under_traffic(changed, "upgrade of 3 shards and 2 gateways", script)
@@ -66,10 +66,10 @@ async def test_an_upgrade_in_place(changed: Ring) -> None:
 
 @pytest.mark.long
 async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
-    """Each shard gives its slots away before its pod goes; at the end all is even again."""
+    """Unless something else is asked for, each shard gives its slots away before its pod goes; at the end all is even."""
 
     async def script(traffic: Traffic) -> None:
-        await changed.apply({"version": UPGRADE, "replicas": 3, "update": {"strategy": "Handover"}})
+        await changed.apply({"version": UPGRADE, "replicas": 3})
         await changed.ready(timeout_s=150)
 
     await under_traffic(changed, "upgrade of 3 shards and 2 gateways with hand-over", script)

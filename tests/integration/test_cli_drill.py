@@ -129,7 +129,7 @@ async def test_refusals(running: Fleet, tmp_path: Path) -> None:
         (["drain-node", "n1", "--yes", "--kubernetes", "a/b"], "--url"),
         (["drain-node", "n1", "--yes"], "--kubernetes"),
         (["kill-shard", "--yes", "--kubernetes", "ab", "--url", running.url], "NAMESPACE/RING"),
-        (["rolling-restart", "--handover", "--yes", "--kubernetes", "a/b", "--url", running.url], "strategy"),
+        (["rolling-restart", "--handover", "--yes", "--kubernetes", "a/b", "--url", running.url], "by itself"),
     ):
         status, out, err = await drill(*arguments)
         assert (status, out) == (2, ""), err

@@ -200,8 +200,8 @@ def test_what_is_sealed_is_ended_also_while_paused() -> None:
 
 
 def test_slots_are_handed_over_before_a_pod_goes() -> None:
-    """`strategy: Handover`: no pod that owns slots goes, so the ring is Ready throughout; at the end all is even."""
-    cluster = settled({"update": {"strategy": "Handover"}})
+    """What a ring that says nothing does: no pod that owns slots goes, it is Ready throughout; at the end all is even."""
+    cluster = settled()
     cluster.edit(version="2.0.0")
     order: list[str] = []
     for _ in range(STEPS_MAX):

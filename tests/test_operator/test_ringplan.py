@@ -20,8 +20,10 @@ GOOD = "registry.example/fleetlm-shard:1.0.0"
 
 
 def settled(spec: Object | None = None) -> ModelCluster:
-    """A ring that is up."""
-    cluster = ModelCluster(spec, bad=lambda image: image.endswith(":bad"))
+    """A ring that is up; changed in place, for this is about pods: `test_ringmoves.py` has those that hand over."""
+    asked = dict(spec or {})
+    asked["update"] = {"strategy": "InPlace", **asked.get("update", {})}
+    cluster = ModelCluster(asked, bad=lambda image: image.endswith(":bad"))
     cluster.settle()
     assert cluster.said("Ready") == ("True", "Serving")
     return cluster

@@ -33,6 +33,8 @@ STILL = {
     "fleetlm_shard_log_background_failures_total": "a disk that fails (test_log_files.py)",
     "fleetlm_shard_checkpoint_failures_total": "a disk that fails (test_log_files.py)",
     "fleetlm_shard_log_damaged_ranges": "damage (test_log_damage.py)",
+    "fleetlm_shard_log_compacted_segments_total": "minutes after a move (test_compaction.py)",
+    "fleetlm_shard_log_compacted_bytes_total": "minutes after a move (test_compaction.py)",
     "fleetlm_shard_log_stray_files": "an elder's late files (test_log_files.py)",
     **{
         f"fleetlm_shard_{name}": "an archive (tests/integration/test_archive.py)"

@@ -81,8 +81,11 @@ class Plan:
 def rolling_restart(
     *,
     handover: Annotated[
-        bool, typer.Option("--handover/--in-place", help="Local rings: others own a shard's slots first.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--handover/--in-place", help="Local rings: others own a shard's slots first, or it is waited for."
+        ),
+    ] = None,
     data: DataOption = DATA_DEFAULT,
     kubernetes: KubernetesOption = None,
     url: UrlOption = None,
@@ -95,9 +98,12 @@ def rolling_restart(
 ) -> None:
     """Restart every shard, one after the other."""
     ring = _ring(data, kubernetes, url)
-    if handover and kubernetes is not None:
-        raise Failure("on Kubernetes spec.update.strategy decides: set it to Handover", status=Exit.USAGE)
-    how = "its slots on others meanwhile" if handover else "in place"
+    if handover is not None and kubernetes is not None:
+        words = (
+            "on Kubernetes a pod that is asked to end hands its slots over by itself: leave --handover/--in-place out"
+        )
+        raise Failure(words, status=Exit.USAGE)
+    how = "in place" if handover is False else "its slots on others meanwhile"
     plan = Plan("rolling-restart", stall_max, quiet, sessions, timeout_s, yes, as_json)
     _drill(plan, ring, f"restart every shard, {how}", lambda: ring.restart(handover=handover, timeout_s=timeout_s))
 

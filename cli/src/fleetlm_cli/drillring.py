@@ -38,7 +38,7 @@ class DrillRing(Protocol):
     async def is_well(self) -> bool: ...  # noqa: D102
     async def shards(self) -> int: ...  # noqa: D102
     async def kill(self, component: str) -> str: ...  # noqa: D102
-    async def restart(self, *, handover: bool, timeout_s: float) -> None: ...  # noqa: D102
+    async def restart(self, *, handover: bool | None, timeout_s: float) -> None: ...  # noqa: D102
     async def scale(self, shards: int) -> None: ...  # noqa: D102
 
 
@@ -133,9 +133,10 @@ class LocalRing:
         await until(f"`up` starts {victim.name} again", followed, timeout_s=KILLED_S)
         return f"{victim.name} (pid {victim.pid})"
 
-    async def restart(self, *, handover: bool, timeout_s: float) -> None:
+    async def restart(self, *, handover: bool | None, timeout_s: float) -> None:
         """`fleetlm shards restart`; `timeout_s` is its own affair."""
-        await self._fleetlm("restart", "--handover" if handover else "--in-place")
+        how = () if handover is None else ("--handover" if handover else "--in-place",)
+        await self._fleetlm("restart", *how)
 
     async def scale(self, shards: int) -> None:
         """`fleetlm shards scale`."""
@@ -213,10 +214,9 @@ class KubernetesRing:
         await self._replace(component, name, "--grace-period=0", "--force", timeout_s=600)
         return name
 
-    async def restart(self, *, handover: bool, timeout_s: float) -> None:
-        """Pods are deleted one by one: a ShardRing has no field that restarts it. Its strategy decides on hand-over."""
-        if handover:
-            raise Failure("on Kubernetes spec.update.strategy decides: set it to Handover", status=Exit.USAGE)
+    async def restart(self, *, handover: bool | None, timeout_s: float) -> None:
+        """Pods are deleted one by one: a ShardRing has no field that restarts it. They hand over by themselves."""
+        assert handover is None
         for name in await self._pods("shard"):
             await self._replace("shard", name, "--wait=false", timeout_s=timeout_s)
             await until(f"{self._name} is well after {name}", self.is_well, timeout_s=timeout_s)

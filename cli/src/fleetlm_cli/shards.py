@@ -1,8 +1,8 @@
 """`fleetlm shards`: change the number of shards of a running `up`, or restart them.
 
 Promise: `scale` writes the wish and waits; the controller moves slots, `up` starts and ends processes. A restart
-touches the next shard only when the one before is ready again; what is on disk stays. In place its slots answer
-`TRY_AGAIN` meanwhile; with `--handover` others own them first.
+touches the next shard only when the one before is ready again; what is on disk stays. Others own its slots first, if
+there are others; with `--in-place` they answer `TRY_AGAIN` meanwhile.
 Must not be done here: starting processes, deciding about slots.
 """
 
@@ -103,16 +103,22 @@ def restart(
     name: Annotated[str | None, typer.Argument(help="One shard; all of them without it.")] = None,
     rolling: Annotated[bool, typer.Option("--rolling", help="One after the other; it is never done otherwise.")] = True,
     handover: Annotated[
-        bool,
-        typer.Option("--handover/--in-place", help="Let others own its slots first, or let them wait for it."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--handover/--in-place",
+            help="Let others own its slots first (what happens unless there is one shard only), or let them wait.",
+        ),
+    ] = None,
     data: DataOption = DATA_DEFAULT,
     as_json: JsonOption = False,
 ) -> None:
     """Restart shards, one after the other; each must be ready before the next."""
     assert rolling
     folder = data.absolute()
-    chosen = _chosen(upfile.find(folder), name)
+    up = upfile.find(folder)
+    chosen = _chosen(up, name)
+    if handover is None:
+        handover = sum(process.kind == "shard" for process in up.processes) > 1
     printer = Printer(as_json=as_json)
     try:
         for shard in chosen:

@@ -124,7 +124,7 @@ class Gateway(Part, frozen=True):
 class Update(Part, frozen=True):
     """How changes reach the shards."""
 
-    strategy: Literal["InPlace", "Handover"] = "InPlace"
+    strategy: Literal["InPlace", "Handover"] = "Handover"
     max_unavailable: int = 1
     min_ready_seconds: int = 0
     progress_deadline_seconds: int = 600
