@@ -66,7 +66,7 @@ async def test_an_upgrade_in_place(changed: Ring) -> None:
 
 @pytest.mark.long
 async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
-    """Unless something else is asked for, each shard gives its slots away before its pod goes; at the end all is even."""
+    """The default: each shard gives its slots away before its pod goes; at the end all is even."""
 
     async def script(traffic: Traffic) -> None:
         await changed.apply({"version": UPGRADE, "replicas": 3})

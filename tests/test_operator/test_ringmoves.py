@@ -200,7 +200,7 @@ def test_what_is_sealed_is_ended_also_while_paused() -> None:
 
 
 def test_slots_are_handed_over_before_a_pod_goes() -> None:
-    """What a ring that says nothing does: no pod that owns slots goes, it is Ready throughout; at the end all is even."""
+    """The default: no pod that owns slots goes, so the ring is Ready throughout; at the end all is even."""
     cluster = settled()
     cluster.edit(version="2.0.0")
     order: list[str] = []
