@@ -9,7 +9,8 @@ and how long appends took (from when each was due) are said beside the same appe
     idle         half of the slots, 100,000 sessions of one message
     growth       half of the slots, 1,000 and 10,000 and 100,000 sessions of one message
     subscribers  one session with 1,000 sockets that read it, there and back
-    restart      a shard of 512 MiB is restarted in place, and with hand-over
+    restart      a shard of 512 MiB is restarted in place, and with hand-over; then the copy is given back
+    million      half of the slots, 1,000,000 sessions of one message
 
 Promise: what was acknowledged is what the sessions hold afterwards, counted; a socket that misses a message of the
 `subscribers` case, or gets one twice, ends with status 1. Must not be used as a correctness test otherwise.
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +55,9 @@ QUIET_S: Final = 8.0
 MOVE_S_MAX: Final = 900.0
 POLL_S: Final = 0.02
 SUBSCRIBERS: Final = 1_000
+SOON: Final = {"FLEETLM_SHARD_KEYS_WINDOW_S": "15", "FLEETLM_SHARD_CLEAN_AFTER_S": "5"}
+"""Copies are compacted after this instead of a quarter of an hour."""
+GIVEN_BACK_S_MAX: Final = 300.0
 _SEQ: Final = re.compile(rb'"seq":(\d+)')
 
 
@@ -130,10 +134,10 @@ async def imported(running: Fleet) -> tuple[float, float]:
 
 
 @asynccontextmanager
-async def ring() -> AsyncGenerator[Fleet]:
+async def ring(env: Mapping[str, str] | None = None) -> AsyncGenerator[Fleet]:
     """All slots on shard-0."""
     with tempfile.TemporaryDirectory(prefix="fleetlm-moves-") as folder:
-        async with fleet(Path(folder) / "ring", shards=2, slots=SLOTS) as running:
+        async with fleet(Path(folder) / "ring", shards=2, slots=SLOTS, env=env) as running:
             await moved(running, (pin(0, SLOTS - 1, "shard-0"),))
             yield running
             await running.stop()
@@ -287,7 +291,7 @@ async def restart() -> dict[str, Any]:
     """A shard's restart as `fleetlm shards restart` does it, both ways."""
     names = [f"r-{number}" for number in range(2_000)]
     report: dict[str, Any] = {}
-    async with ring() as running:
+    async with ring(SOON) as running:
         wire = await ShardWire.open(running.data)
         await wire.fill(names, messages=16, size_bytes=16_000)
         wire.close()
@@ -303,9 +307,7 @@ async def restart() -> dict[str, Any]:
             if await process.wait():
                 raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
             ended_s = time.perf_counter()
-            load.running = False
-            await writing
-            report[how.removeprefix("--")] = {
+            report[how.removeprefix("--")] = found = {
                 "seconds": round(ended_s - began_s, 1),
                 "append_ms": {
                     "quiet": load.between(0.0, began_s),
@@ -313,9 +315,32 @@ async def restart() -> dict[str, Any]:
                 },
                 "volumes_mib": {"before": before, "after": stored(running)},
             }
+            if how == "--handover":
+                found["given_back"] = await given_back(running, load, before)
+            load.running = False
+            await writing
             for name, acked in load.acked.items():
                 await whole(running, name, acked)
     return report
+
+
+async def given_back(running: Fleet, load: Load, before: dict[str, int]) -> dict[str, Any]:
+    """Wait until the copy that a hand-over left is compacted: when it began and ended, and what appends felt."""
+    first = stored(running)["shard-1"]
+    began_s = time.perf_counter()
+    async with asyncio.timeout(GIVEN_BACK_S_MAX):
+        await poll(lambda: stored(running)["shard-1"] < first * 0.95, every_s=0.2)
+        compacting_s = time.perf_counter()
+        await poll(
+            lambda: stored(running)["shard-1"] - before["shard-1"] < (first - before["shard-1"]) // 4, every_s=0.2
+        )
+    ended_s = time.perf_counter()
+    return {
+        "waited_s": round(compacting_s - began_s, 1),
+        "seconds": round(ended_s - compacting_s, 1),
+        "append_ms": load.between(compacting_s, ended_s),
+        "volumes_mib": stored(running),
+    }
 
 
 def stored(running: Fleet) -> dict[str, int]:
@@ -344,6 +369,7 @@ async def run(cases: list[str]) -> dict[str, Any]:
         names = [name for number in range(40_000) if slot(name := f"s-{number}") == own][:64]
         say("slot", await case(names, messages=1_000, size_bytes=16_700, first=own, last=own))
     counts = ([1_000, 10_000, 100_000] if "growth" in cases else []) or ([100_000] if "idle" in cases else [])
+    counts += [1_000_000] if "million" in cases else []
     for count in counts:
         names = [f"i-{number}" for number in range(count)]
         say(f"idle-{count}", await case(names, messages=1, size_bytes=100, **half))
