@@ -127,7 +127,7 @@ async def begun() -> tuple[SimVolume, Story]:
 
 def whole(volume: SimVolume) -> None:
     """`fleetlm verify` has nothing to say."""
-    report = verify_disk(volume.copy().process("verify"), "", progress=lambda *_: None)
+    report = verify_disk(volume.copy().process("verify"), "", progress=lambda _done, _all: None)
     assert report.ok, report.problems
 
 
