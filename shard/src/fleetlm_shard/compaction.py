@@ -62,6 +62,13 @@ class Compacted:
     messages: int
     inserted_at_us_max: int
 
+    def apply(self, link: Link) -> int:
+        """Say it of the link; returns how many bytes the volume got back."""
+        back_bytes = link.stored_bytes - self.stored_bytes
+        link.stored_bytes, link.messages = self.stored_bytes, self.messages
+        link.inserted_at_us_max = self.inserted_at_us_max
+        return back_bytes
+
 
 class Candidates:
     """Which segment to look at next; remembers up to which RELEASED each was looked at."""

@@ -503,18 +503,15 @@ class Log:
         link = self._candidates.next(self._sealed, released, limit_pos=self._limit_pos(below_pos))
         if link is None:
             return 0
-        base_pos, end_pos = link.header.base_pos, link.end_pos
         # Batches become one: no checkpoint may say any more that a boot begins in the middle of them.
-        self._boundaries = [pos for pos in self._boundaries if not base_pos < pos < end_pos]
+        self._boundaries = [pos for pos in self._boundaries if not link.header.base_pos < pos < link.end_pos]
         disk, temps, pause = self._disk, self._temps, self._lanes.pause
         made = await self._in_background(
             lambda: compact_segment(disk, temps, link, released=released, slot_of=slot_of, pause=pause)
         )
         if made is None:
             return 0
-        back_bytes = link.stored_bytes - made.stored_bytes
-        link.stored_bytes, link.messages = made.stored_bytes, made.messages
-        link.inserted_at_us_max = made.inserted_at_us_max
+        back_bytes = made.apply(link)
         self._stats.compacted_segments += 1
         self._stats.compacted_bytes += back_bytes
         self._close_indexes({link.index_path})
