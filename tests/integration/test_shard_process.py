@@ -149,6 +149,18 @@ async def test_an_empty_volume_of_a_member_is_refused(tmp_path: Path) -> None:
         assert (await client.info("s")).last_seq == 1
 
 
+async def test_a_member_speaks_again_after_a_process_on_another_volume(tmp_path: Path) -> None:
+    """One that was frozen until the ring did without its volume: its last word does not hide who serves, and where."""
+    ring = ShardRing(tmp_path)
+    async with ring.shard() as shard:
+        own = (await ring.announced(port=await shard.port())).shards[ShardName("shard-0")]
+        for number in range(2):
+            other = msgspec.structs.replace(own, volume_id=f"forgotten-{number}", port=1, ready=False)
+            await ring.control.announce(other)
+            again = await ring.announced(port=own.port)
+            assert again.shards[own.name] == own
+
+
 async def test_a_volume_of_another_shard_is_refused_and_left_alone(tmp_path: Path) -> None:
     """ForeignVolume: not ready, says so, changes no byte."""
     ring = ShardRing(tmp_path)

@@ -292,7 +292,7 @@ class ShardProcess:
             endpoint = self._endpoint(volume, ready=self.health().ok)
             now_s = self._outside.clock.monotonic_s()
             # What only counts has time: on Kubernetes each announcement is a write to the API server.
-            if endpoint != said and (
+            if (endpoint != said or self._displaced(volume, shard)) and (
                 said is None or now_s - said_s >= PROGRESS_S or _without_counts(endpoint) != _without_counts(said)
             ):
                 try:
@@ -305,6 +305,15 @@ class ShardProcess:
                 async with asyncio.timeout(ANNOUNCE_S):
                     # A target that is ready or done is what everybody who waits for the move waits for.
                     await shard.news.wait()
+
+    def _displaced(self, volume: Volume, shard: Shard) -> bool:
+        """Whether a process on another volume speaks in our name, and the map says that it is not the one.
+
+        It was frozen or cut off until people did without its volume. Only the member answers it, so it ends there.
+        """
+        there = shard.ownership.shards.get(ShardName(self._config.name))
+        member = shard.ownership.standing == "Member"
+        return member and there is not None and there.volume_id != volume.volume_id
 
     def _endpoint(self, volume: Volume, *, ready: bool) -> ShardEndpoint:
         host, port = self._address
