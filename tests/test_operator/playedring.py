@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fleetlm_common.control import MoveProgress, Pin, RingSpec, ShardEndpoint, View
+from fleetlm_common.control import Forgotten, MoveProgress, Pin, RingSpec, ShardEndpoint, View
 from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.ring import RingMap
 from fleetlm_operator.mapsteps import Begin
@@ -23,6 +23,7 @@ class PlayedShard:
     def __init__(self, ring: PlayedRing, name: ShardName) -> None:
         self.name = name
         self.up = True
+        self.volume = f"volume of {name}"
         self.acted: RingMap | None = None
         self.confirmed: set[str] = set()
         self.failed: set[str] = set()
@@ -56,7 +57,7 @@ class PlayedShard:
         member = acted is not None and acted.member(self.name) is not None
         self._ring.announcements[self.name] = ShardEndpoint(
             name=self.name,
-            volume_id=f"volume of {self.name}",
+            volume_id=self.volume,
             term=Term(1),
             host="127.0.0.1",
             port=1,
@@ -86,6 +87,15 @@ class PlayedShard:
     def start(self) -> None:
         """It comes back with its volume."""
         self.up = True
+
+    def renew(self) -> None:
+        """Its volume is gone, and what it announced of it is taken back; it begins with an empty one."""
+        self.stop()
+        self.volume += " anew"
+        self.confirmed.clear()
+        self.failed.clear()
+        self._ring.announcements.pop(self.name, None)
+        self.start()
 
 
 class PlayedController:
@@ -139,6 +149,8 @@ class PlayedRing:
         self.shards: dict[ShardName, PlayedShard] = {}
         self.avoided: tuple[ShardName, ...] = ()
         """As the view has it: their nodes are cordoned."""
+        self.alive: tuple[ShardName, ...] = ()
+        """As the view has it: they are seen to run."""
         self.now_s = 0.0
         self.begun: list[str] = []
         self.committed: list[str] = []
@@ -146,7 +158,7 @@ class PlayedRing:
 
     def view(self) -> View:
         """What a look shows."""
-        return View(self.spec, self.map, dict(self.announcements), self.avoided)
+        return View(self.spec, self.map, dict(self.announcements), self.avoided, self.alive)
 
     def without_new(self) -> set[ShardName]:
         """Members that get no slots now; nobody if that were all who may own some."""
@@ -163,6 +175,7 @@ class PlayedRing:
         shards: int | None = None,
         cordoned: tuple[ShardName, ...] | None = None,
         pins: tuple[Pin, ...] | None = None,
+        forgotten: tuple[Forgotten, ...] | None = None,
     ) -> None:
         """People change their mind; whoever runs the processes follows."""
         self.spec = msgspec.structs.replace(
@@ -170,6 +183,7 @@ class PlayedRing:
             shards=self.spec.shards if shards is None else shards,
             cordoned=self.spec.cordoned if cordoned is None else cordoned,
             pins=self.spec.pins if pins is None else pins,
+            forgotten=self.spec.forgotten if forgotten is None else forgotten,
         )
         self.run_processes()
 

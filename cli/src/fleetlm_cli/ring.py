@@ -105,6 +105,8 @@ class RingView(msgspec.Struct, frozen=True, kw_only=True):
     cordoned: list[str]
     pins: list[tuple[int, int, str]]
     """First and last slot, and the shard that people want them on."""
+    forgotten: list[tuple[str, str]]
+    """Shard and volume that the ring goes on without, or shall."""
 
 
 ring = typer.Typer(help="Who owns what, what moves, and how each shard is.")
@@ -180,6 +182,7 @@ async def look(folder: Path) -> RingView:
         moves=[] if view.map is None else [_move(view, move) for move in view.map.moves],
         cordoned=list(view.spec.cordoned),
         pins=[(pin.first, pin.last, pin.shard) for pin in view.spec.pins],
+        forgotten=[(word.shard, word.volume_id) for word in view.spec.forgotten],
     )
 
 
@@ -259,6 +262,7 @@ def _pictured(found: RingView) -> Group:
         table.add_row(row.name, str(row.slots), which if row.member else "not a member", state, term, log)
     after = [_move_words(move) for move in found.moves]
     after += [f"pinned: {first}–{last} to {shard}" for first, last, shard in found.pins]
+    after += [f"forgotten: {shard} with volume {printable(volume)}" for shard, volume in found.forgotten]
     return Group(*map(Text, lines), table, *map(Text, after))
 
 

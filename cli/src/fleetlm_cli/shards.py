@@ -24,6 +24,7 @@ import typer
 from fleetlm_cli import upfile
 from fleetlm_cli.asking import ask, has_members, is_steady, owns_nothing, wait_until
 from fleetlm_cli.exits import Exit, Failure
+from fleetlm_cli.forget import forget
 from fleetlm_cli.restore import restore
 from fleetlm_cli.show import Printer
 from fleetlm_cli.target import DATA_DEFAULT, DataOption, JsonOption
@@ -195,3 +196,4 @@ async def is_ready(http: aiohttp.ClientSession, shard: UpProcess) -> bool:
 
 
 shards.command()(restore)
+shards.command()(forget)

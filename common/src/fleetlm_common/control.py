@@ -37,12 +37,21 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shard: ShardName
 
 
+class Forgotten(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """People say that `shard` is dead for good, as long as it is bound to this volume (forgetting.py)."""
+
+    shard: ShardName
+    volume_id: str
+
+
 class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What people asked for: the ring's name for life, its slots (fixed for life), how many shards, and exceptions.
 
     Slots of a `cordoned` shard go to others while it is; it stays a member. A pin whose shard is cordoned or leaves
     means nothing; of two pins for a slot the later one counts. `given_up` are ids of volumes that will not come back:
     a shard that was bound to one is bound to the volume that it has now, and begins with what the archive has.
+    `forgotten` are members that will never speak again: one that is not asked for, owns nothing and does not answer is
+    left out of the map, and its volume does not join again.
     Shards `in_place` are about to be asked to end, and come back at once: they wait for nobody to take their slots.
     """
 
@@ -52,6 +61,7 @@ class RingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     cordoned: tuple[ShardName, ...] = ()
     pins: tuple[Pin, ...] = ()
     given_up: tuple[str, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
     in_place: tuple[ShardName, ...] = ()
 
 
@@ -112,6 +122,9 @@ class View(msgspec.Struct, frozen=True):
     avoided: tuple[ShardName, ...] = ()
     """Shards that stand where nothing new should go (a cordoned node): they keep their slots and get no others, not
     even by a pin. Nobody asks for this: controllers that can see it. It counts while another shard may get slots."""
+    alive: tuple[ShardName, ...] = ()
+    """Shards that are seen to run whatever they announce (on Kubernetes: their pod is Ready), by controllers that can
+    see it. Nothing moves because of it; such a shard is not forgotten."""
 
 
 class ControlPlane(Protocol):

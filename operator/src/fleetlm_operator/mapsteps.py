@@ -3,6 +3,7 @@
     Join    a member more, without slots             Leave   a member less; it owned nothing and no move named it
     Begin   a move in `Copying`                      Seal    the move in `Sealing`
     Commit  owner = target, move gone                Abort   move gone, the owner stays
+    Forget  a member less that is dead for good; likewise
     Rebind  a member's volume is another one: what it owns it gets anew, its moves are gone
 
 Promise: `after` makes epoch + 1 of exactly these steps; a step that the map does not allow raises (a map that exists is
@@ -36,6 +37,15 @@ class Leave(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.shard} left"
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """`member` is none any more, by people's word: it does not answer."""
+
+    member: Member
+
+    def __str__(self) -> str:
+        return f"forgot {self.member.name} and its volume {self.member.volume_id}"
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -87,7 +97,7 @@ class Rebind(msgspec.Struct, frozen=True):
         return f"bound {self.member.name} to volume {self.member.volume_id}, to be filled from the archive"
 
 
-Step = Join | Leave | Begin | Seal | Commit | Abort | Rebind
+Step = Join | Leave | Forget | Begin | Seal | Commit | Abort | Rebind
 
 
 def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:  # noqa: C901 - one case a step
@@ -111,6 +121,8 @@ def after(ring: RingMap, steps: Iterable[Step]) -> RingMap:  # noqa: C901 - one 
                 table = _owned_anew(table, member.name, epoch)
             case Leave(shard):
                 members = [member for member in members if member.name != shard]
+            case Forget(member):
+                members = [each for each in members if each != member]
             case Begin(slots, source, target):
                 ident = f"{epoch}.{len(begun) + 1}"
                 begun.append(Move(ident, slots, source, target, "Copying", epoch))

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from fleetlm_common.control import Pin, RingSpec, ShardEndpoint, View
+from fleetlm_common.control import Forgotten, Pin, RingSpec, ShardEndpoint, View
 from fleetlm_common.ids import ShardName
 from fleetlm_common.kubenames import ordinal_of
 from fleetlm_common.ring import RingMap
@@ -54,8 +54,15 @@ def view_of(seen: Observed, cordoned: Collection[ShardName] = ()) -> View:
         cordoned=tuple(cordoned),
         pins=tuple(Pin(pin.first, pin.last, pin.shard) for pin in seen.ring.spec.pins),
         given_up=seen.ring.spec.given_up_volumes,
+        forgotten=tuple(Forgotten(each.shard, each.volume) for each in seen.ring.spec.forgotten_volumes),
     )
-    return View(spec=spec, map=seen.map_seen.map, shards=shards, avoided=_on_cordoned_nodes(seen))
+    return View(
+        spec=spec,
+        map=seen.map_seen.map,
+        shards=shards,
+        avoided=_on_cordoned_nodes(seen),
+        alive=tuple(_name(number) for number, pod in seen.pods.items() if _serves(pod)),
+    )
 
 
 def _on_cordoned_nodes(seen: Observed) -> tuple[ShardName, ...]:

@@ -4,7 +4,8 @@
     no map, every shard is there  make the first map: epoch 1, each member bound to the volume that it announced
     another volume than the map's `VolumeLost`: say so and hold; bound anew only if people gave the old one up
     asked for, announced          it joins, without slots
-    a member, not asked for       it leaves when it owns nothing and says so itself
+    a member, not asked for       it leaves when it owns nothing and says so itself; or people had it forgotten, and
+                                  it owns nothing and does not answer (`forgetting.py`)
     uneven, pinned, cordoned      moves (`moving.py`)
     avoided (its node goes soon)  it keeps what it has and gets nothing, unless that holds for all
 
@@ -24,7 +25,8 @@ from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, Member, RingMap, ranges_from
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
 from fleetlm_operator.assignment import assign
-from fleetlm_operator.mapsteps import Abort, Commit, Join, Leave, Rebind, Step, after
+from fleetlm_operator.forgetting import Forgetting, forget, forgotten_volume
+from fleetlm_operator.mapsteps import Abort, Commit, Forget, Join, Leave, Rebind, Step, after
 from fleetlm_operator.memory import NO_MEMORY, Memory
 from fleetlm_operator.moving import Moves, decide, is_bound, moving_words, stalled_words
 
@@ -65,6 +67,8 @@ class Decision(msgspec.Struct, frozen=True):
     again_s: float | None = None
     slots_left: int = 0
     """Slots that are not where they should be."""
+    not_forgotten: tuple[str, ...] = ()
+    """Members that are not forgotten although people want it, each with why."""
 
 
 def plan(view: View, memory: Memory = NO_MEMORY, *, now_s: float = 0.0, only_end: bool = False) -> Decision:
@@ -161,7 +165,8 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
     wanted = shard_names(view.spec)
     absent = [name for name in wanted if current.member(name) is None]
     memory = memory.awaiting(absent, now_s)
-    joins = [name for name in absent if name in view.shards]
+    forgotten = {name: volume_id for name in absent if (volume_id := forgotten_volume(view, name))}
+    joins = [name for name in absent if name in view.shards and name not in forgotten]
     shared = _shared_volume(view, current, joins)
     members = [name for name in wanted if current.member(name) is not None]
     eligible = [name for name in members if name not in view.spec.cordoned]
@@ -169,6 +174,7 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
     if avoided == eligible:  # somebody must take what others give
         avoided = []
     holds = [shared] if shared else []
+    holds += [_forgotten_sentence(name, volume_id) for name, volume_id in forgotten.items()]
     steps: list[Step] = [] if shared else [Join(Member(name, view.shards[name].volume_id)) for name in joins]
     moves = None
     if eligible:
@@ -192,22 +198,36 @@ def _keep(view: View, current: RingMap, memory: Memory, now_s: float, *, only_en
         )
         # No writer must wait for the end of a move that nobody will end.
         steps += [Abort(move, "nobody may own slots", failed=False) for move in current.moves]
-    steps += [Leave(name) for name in _gone(view, current, set(wanted))]
+    forgetting = forget(view, current, memory, now_s)
+    memory = forgetting.memory
+    steps += _leaves(view, current, set(wanted), forgetting)
     if only_end:
         steps = [step for step in steps if isinstance(step, Commit | Abort) and step.move.state == "Sealing"]
     findings = _findings(view, current, absent=absent, moves=moves, holds=holds)
-    left = 0 if moves is None else moves.left
-    again_s = _soonest(moves, memory, now_s)
     new_map = after(current, steps) if steps else None
     if new_map is not None:  # what is done now says more than how far the ring was before
         findings = [each for each in findings if each[0] != "Moving"]
         findings.append(("Moving", _told(steps)))
-    sentence = "; ".join(text for _, text in findings)
-    reason: Reason = findings[0][0] if findings else "Steady"
-    text = f"{sentence} ({_at_epoch(new_map or current)})" if sentence else f"steady at {_at_epoch(current)}, all ready"
+    reason, text = _summed_up(findings, new_map or current)
     if avoided:
         text += f"; on cordoned nodes, so without new slots: {_listed(avoided)}"
-    return Decision(new_map, reason, text, steps=tuple(steps), memory=memory, again_s=again_s, slots_left=left)
+    return Decision(
+        new_map,
+        reason,
+        "; ".join([text, *forgetting.refused]),
+        steps=tuple(steps),
+        memory=memory,
+        again_s=_soonest(moves, memory, now_s, forgetting.again_s),
+        slots_left=0 if moves is None else moves.left,
+        not_forgotten=forgetting.refused,
+    )
+
+
+def _summed_up(findings: list[tuple[Reason, str]], ring: RingMap) -> tuple[Reason, str]:
+    """The worst finding's reason, and all of them in a sentence."""
+    if not findings:
+        return "Steady", f"steady at {_at_epoch(ring)}, all ready"
+    return findings[0][0], f"{'; '.join(text for _, text in findings)} ({_at_epoch(ring)})"
 
 
 def _rebound(view: View, current: RingMap) -> list[Step]:
@@ -261,18 +281,21 @@ def _leaving(view: View, current: RingMap) -> list[ShardName]:
     return [member.name for member in current.members if member.name not in wanted]
 
 
-def _gone(view: View, current: RingMap, wanted: set[ShardName]) -> list[ShardName]:
-    """Members that nobody asks for and that serve nothing any more."""
-    return [
+def _leaves(view: View, current: RingMap, wanted: set[ShardName], forgetting: Forgetting) -> list[Leave | Forget]:
+    """Members that nobody asks for and that serve nothing any more, by their own word or because they are forgotten."""
+    gone = [
         member.name
         for member in current.members
         if member.name not in wanted and serves_nothing(view, current, member.name)
     ]
+    return [*map(Leave, gone), *(step for step in forgetting.steps if step.member.name not in gone)]
 
 
-def _soonest(moves: Moves | None, memory: Memory, now_s: float) -> float | None:
+def _soonest(moves: Moves | None, memory: Memory, now_s: float, forgetting_s: float | None) -> float | None:
     """When time alone changes something."""
     ahead = [since_s + JOIN_WAIT_S - now_s for since_s in memory.awaited_since_s.values()]
+    if forgetting_s is not None:
+        ahead.append(forgetting_s)
     if moves is not None and moves.again_s is not None:
         ahead.append(moves.again_s)
     return min((pause_s for pause_s in ahead if pause_s > 0), default=None)
@@ -296,6 +319,14 @@ def _lost_sentence(current: RingMap, lost: dict[ShardName, ShardEndpoint]) -> st
         for name, endpoint in lost.items()
     ]
     return "; ".join(each) + "; bring the old volume back, its slots stay with it (or give it up: docs/archive.md)"
+
+
+def _forgotten_sentence(name: ShardName, volume_id: str) -> str:
+    """Both ways out are people's to choose."""
+    return (
+        f"held: {name} announces volume {volume_id}, which people had the ring forget; give it an empty volume, "
+        "or take the word back"
+    )
 
 
 def _waiting_sentence(absent: list[ShardName], unready: list[ShardName]) -> str:

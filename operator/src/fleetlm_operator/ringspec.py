@@ -159,6 +159,13 @@ class PinnedSlots(Part, frozen=True):
     shard: ShardName
 
 
+class ForgottenVolume(Part, frozen=True):
+    """`shard` is dead for good, as long as it is bound to this volume."""
+
+    shard: ShardName
+    volume: str
+
+
 class Spec(Part, frozen=True):
     """What is asked for."""
 
@@ -180,6 +187,7 @@ class Spec(Part, frozen=True):
     network_policy: Network = Network()
     volume_retention: VolumeRetention = VolumeRetention()
     given_up_volumes: tuple[str, ...] = ()
+    forgotten_volumes: tuple[ForgottenVolume, ...] = ()
     cordoned: tuple[ShardName, ...] = ()
     pins: tuple[PinnedSlots, ...] = ()
     deletion_policy: Literal["Delete", "Orphan"] = "Delete"

@@ -44,6 +44,7 @@ ProgressingReason = Literal[
     "Rebalancing",
     "StorageNotExpandable",
     "CordonsIgnored",
+    "NotForgotten",
     "Stalled",
     "Paused",
     "Deleting",
@@ -293,8 +294,19 @@ def _moved(facts: _Facts, waiting: str) -> tuple[int, int, str]:
     return slots - _left(facts), slots, waiting
 
 
+def _not_forgotten(facts: _Facts) -> tuple[str, ...]:
+    """Members that people want forgotten and that stay, each with why."""
+    return () if facts.plan.decision is None else facts.plan.decision.not_forgotten
+
+
 def _blocks(facts: _Facts, operation: str) -> tuple[Block, ...]:
     """What keeps the next step from being done."""
+    kept = _moves_blocked(facts, operation)
+    told = (Block("MayBeForgotten", text[:BLOCK_CHARS_MAX]) for text in _not_forgotten(facts))
+    return (*kept, *told) if operation == "Scaling" else kept
+
+
+def _moves_blocked(facts: _Facts, operation: str) -> tuple[Block, ...]:
     decision = facts.plan.decision
     if operation not in {"Scaling", "Rebalancing"} and not any(
         block.predicate == "SlotsHandedOver" for block in facts.plan.roll.blocks
@@ -383,6 +395,8 @@ def _progressing(facts: _Facts, operation: str, stalled: Said) -> Said:
     if cordons_ignored(facts.seen):
         text = "spec.cordoned names every shard, so none of it counts: somebody must own the slots"
         return Said("False", "CordonsIgnored", text)
+    if _not_forgotten(facts):
+        return Said("False", "NotForgotten", "; ".join(_not_forgotten(facts)))
     return Said("False", "Settled", "everything is as asked")
 
 
