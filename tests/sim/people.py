@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from fleetlm_common.control import Pin
+from fleetlm_common.control import Forgotten, Pin
 from fleetlm_common.ids import SessionId, ShardName, Slot
 from fleetlm_common.ring import RingMap
 from fleetlm_common.slots import slot_of
+from tests.sim.burials import Burials
 from tests.sim.nodes import ShardNode
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class People:
     Args:
         world: the run.
         rng: chance of its own.
+        burials_rng: of what dies for good.
     """
 
-    def __init__(self, world: World, rng: random.Random) -> None:
+    def __init__(self, world: World, rng: random.Random, burials_rng: random.Random) -> None:
+        self._burials = Burials(world, self, burials_rng)
         self._world = world
         self._rng = rng
         self._left: dict[str, ShardNode] = {}
@@ -64,6 +67,7 @@ class People:
         """Processes follow the ring from now on, and people ask."""
         self.also(self._follow())
         self.also(self._ask())
+        self._burials.begin()
 
     def also(self, work: Coroutine[Any, Any, None]) -> None:
         """Somebody more who asks."""
@@ -87,13 +91,22 @@ class People:
         """Ask for something else than now."""
         wish = self._rng.choice(self.wishes)
         if wish == "scale":
-            self._want(shards=self._rng.randrange(1, SHARDS_MAX + 1))
+            self.want_shards(self._rng.randrange(1, SHARDS_MAX + 1))
         elif wish == "cordon":
             self._cordon(self._somebody())
         elif wish == "pin":
             self._pin()
         else:
             self.also(self._restart(self._somebody()))
+
+    def want_shards(self, shards: int) -> None:
+        """`shards scale`."""
+        self._want(shards=self._burials.shards_max(shards))
+
+    def want_forgotten(self, words: tuple[Forgotten, ...]) -> None:
+        """`shards forget`."""
+        self._world.trace.add("people", "forgotten", str([(word.shard, word.volume_id) for word in words]))
+        self._want(forgotten=words)
 
     def _want(self, **changes: object) -> None:
         spec = msgspec.structs.replace(self._world.control.view.spec, **changes)
@@ -184,6 +197,7 @@ class People:
         else:
             del self._left[name]
             shard.stopped = False
+            self._burials.comes_again(shard)
             view = self._world.control.view
             known = name in view.shards or _map(self._world).member(ShardName(name)) is not None
             if not known and self._rng.random() < 0.5:
@@ -196,6 +210,7 @@ class People:
         self._world.trace.add("people", "left", shard.name)
         self._world.shards.remove(shard)
         self._left[shard.name] = shard
+        self._burials.dead.pop(shard.name, None)
         shard.stopped = True
         shard.signal(15)
         self._world.later(STOP_S, lambda: shard.kill_all() if shard.stopped else None)

@@ -100,7 +100,8 @@ class World:
         self.control = Truth(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards), self.loop, self.trace)
         self.weather = Weather(random.Random(rng.getrandbits(64)))
         self.sessions = [f"session-{number}" for number in range(rng.choice((1, 2, 3)))]
-        self.people = People(self, moves_rng) if moves_rng.random() < MOVING else None
+        burials_rng = random.Random(f"burials of {seed}")
+        self.people = People(self, moves_rng, burials_rng) if moves_rng.random() < MOVING else None
         self.shard_settings = _moving_settings(moves_rng) if self.people is not None else {}
         self.moment_rng = random.Random(f"moment of {seed}")
         self.moment = self.moment_rng.choice(MOMENTS) if self.people is not None else None
