@@ -229,6 +229,12 @@ PLANTS: Final = (
         "dead = kind in OF_A_SLOT and pos < self._released.get(slot, 0)\n",
         "dead = kind in OF_A_SLOT and slot in self._released\n",
     ),
+    Plant(
+        "who is dead for good is not forgotten",
+        "fleetlm_operator/forgetting.py",
+        "for word in left_s if word not in waiting",
+        "for word in left_s if word in waiting and not word.volume_id",
+    ),
 )
 
 
