@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 from fleetlm_common.ids import SessionId, ShardName
 from fleetlm_shard.chain import Link, index_of, read_span
 from fleetlm_shard.disk import OsDisk
-from fleetlm_shard.framing import HEADER_BYTES, scan
+from fleetlm_shard.framing import scan
 from fleetlm_shard.log_types import LogConfig
 from fleetlm_shard.records import CursorMoved, Imported, Message, RecordType, SessionImported, SlotsReleased
 from fleetlm_shard.segment_index import IndexMeta
 from fleetlm_shard.table import KIND_INDEX, Table
 from fleetlm_shard.verify import verify_disk
 from fleetlm_shard.volume_types import Identity, encode_paper
-from tests.support.faults import Op
+from tests.support.faults import Op, fail_at
 from tests.support.logkit import Opened, message, open_log
 from tests.support.simdisk import WRITES, SimVolume
 
@@ -344,13 +345,32 @@ async def test_a_full_or_failing_disk_changes_nothing() -> None:
     """A compaction that cannot be written is told, and the segment is as it was."""
     volume, story = await begun()
     await story.checkpoints()
-    volume.capacity_bytes = volume.used_bytes() + HEADER_BYTES
+    volume.hooks.append(fail_at(2, errno.ENOSPC, only={"pwrite"}))
     with pytest.raises(OSError, match="No space"):
         await story.compact()
     assert not [path for path in volume.paths() if "tmp-" in path and volume.read(path)[:4] == b"FLEE"]
-    volume.capacity_bytes = 1 << 40
+    volume.hooks.clear()
     await story.is_whole(story.opened)
     whole(volume)
+    assert await story.compact() > 0, "the next time it can"
+
+
+async def test_a_full_disk_keeps_half_of_its_reserve() -> None:
+    """A compaction may take of the reserve, for it gives more back, but leaves what checkpoints need."""
+    config, volume = replace(CONFIG, reserve_bytes=64 * 1024), SimVolume()
+    story = Story(await open_log(volume.process("p"), 1, config))
+    await story.fill(60, STAYS, GOES)
+    await story.release(GOES)
+    await story.checkpoints()
+    made: list[str] = []
+    volume.hooks.append(lambda op: made.append(op.path) if op.name == "create" else None)
+    volume.capacity_bytes = volume.used_bytes() + 32 * 1024
+    with pytest.raises(OSError, match="to write a segment anew"):
+        await story.compact()
+    assert not made
+    volume.capacity_bytes = volume.used_bytes() + 63 * 1024
+    assert await story.compact() > 0
+    await story.is_whole(story.opened)
 
 
 async def test_an_elder_that_wakes_up_puts_no_harm_in_place() -> None:

@@ -13,6 +13,7 @@ know), keeping the log's state (`log.py`).
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -95,6 +96,10 @@ class Candidates:
                 return link
         return None
 
+    def again(self, link: Link) -> None:
+        """It could not be written anew: look at it once more."""
+        self._looked.pop(link.id, None)
+
 
 def waits(links: Sequence[Link], released: Mapping[int, int], kept: KeptCheckpoints, *, keys_from_pos: int) -> bool:
     """Whether newer checkpoints would let more segments be looked at.
@@ -121,11 +126,13 @@ def compact_segment(
     *,
     released: Mapping[int, int],
     slot_of: Callable[[SessionId], int],
+    reserve_bytes: int,
     pause: Callable[[], None],
 ) -> Compacted | None:
     """Write a sealed segment anew if enough of it is dead; None: it stays as it is.
 
-    Runs in a background thread, in slices with pauses. Durable when it returns; may be cut off anywhere.
+    Runs in a background thread, in slices with pauses. Durable when it returns; may be cut off anywhere. Of the
+    reserve it takes half at most: what a full disk has left must do for checkpoints, too.
 
     Raises:
         OSError: the disk refuses; nothing has changed.
@@ -133,27 +140,20 @@ def compact_segment(
     assert link.index_path is not None
     if not _has_dead_messages(disk, link, released, slot_of, pause):
         return None
-    span = read_span(disk, link, link.header.base_pos, link.end_pos)
-    batches: list[Batch] = []
-    for piece in framing.scan(
-        span.data, start_pos=link.header.base_pos, seed=link.header.seed, proven_pos=link.end_pos
-    ):
-        if not isinstance(piece, Batch):
-            # Damage is kept as it is: whoever looks into it wants the file as it was.
-            return None
-        batches.append(piece)
-        if len(batches) % _PAUSE_BATCHES == 0:
-            pause()
-    if not span.whole or not batches or batches[-1].end_pos != link.end_pos:
+    read = _read(disk, link, pause)
+    if read is None:
         return None
-    rewriting = _Rewriting(span.data, link, released)
+    data, batches = read
+    rewriting = _Rewriting(data, link, released)
     for number, batch in enumerate(batches):
         rewriting.take(batch)
         if number % _PAUSE_BATCHES == 0:
             pause()
     pieces = rewriting.pieces()
-    gain_bytes = _stored(disk, link.path) - _pages(pieces) * PAGE_BYTES
-    if gain_bytes * WORTH >= link.header.size:
+    needed_bytes = _pages(pieces) * PAGE_BYTES
+    if (_stored(disk, link.path) - needed_bytes) * WORTH >= link.header.size:
+        if disk.free_bytes() - needed_bytes < reserve_bytes // 2:
+            raise OSError(errno.ENOSPC, f"no {needed_bytes} bytes to write a segment anew", link.path)
         _write(disk, temps, link, pieces, pause)
     elif rewriting.died:
         return None
@@ -161,6 +161,20 @@ def compact_segment(
     index = rewriting.index
     write_index(disk, temps, link, index, path=link.index_path, pause=pause)
     return Compacted(_stored(disk, link.path), index.messages, index.inserted_at_us_max)
+
+
+def _read(disk: Disk, link: Link, pause: Callable[[], None]) -> tuple[bytes, list[Batch]] | None:
+    """The segment's bytes and batches; None if it is damaged: whoever looks into that wants the file as it was."""
+    base_pos, batches = link.header.base_pos, list[Batch]()
+    span = read_span(disk, link, base_pos, link.end_pos)
+    for piece in framing.scan(span.data, start_pos=base_pos, seed=link.header.seed, proven_pos=link.end_pos):
+        if not isinstance(piece, Batch):
+            return None
+        batches.append(piece)
+        if len(batches) % _PAUSE_BATCHES == 0:
+            pause()
+    whole = span.whole and bool(batches) and batches[-1].end_pos == link.end_pos
+    return (span.data, batches) if whole else None
 
 
 def _has_dead_messages(

@@ -505,10 +505,13 @@ class Log:
             return 0
         # Batches become one: no checkpoint may say any more that a boot begins in the middle of them.
         self._boundaries = [pos for pos in self._boundaries if not link.header.base_pos < pos < link.end_pos]
-        disk, temps, pause = self._disk, self._temps, self._lanes.pause
-        made = await self._in_background(
-            lambda: compact_segment(disk, temps, link, released=released, slot_of=slot_of, pause=pause)
-        )
+        work = partial(compact_segment, self._disk, self._temps, link, released=released, slot_of=slot_of)
+        reserve_bytes, pause = self._config.reserve_bytes, self._lanes.pause
+        try:
+            made = await self._in_background(partial(work, reserve_bytes=reserve_bytes, pause=pause))
+        except OSError:
+            self._candidates.again(link)
+            raise
         if made is None:
             return 0
         back_bytes = made.apply(link)
@@ -518,11 +521,7 @@ class Log:
         return back_bytes
 
     def compaction_waits(self, keys_from_pos: int) -> bool:
-        """Whether there may be more to compact once there are newer checkpoints.
-
-        Args:
-            keys_from_pos: where the idempotency window begins: what a checkpoint that is made now would keep.
-        """
+        """Whether there may be more to compact once there are newer checkpoints, whose keys begin at this position."""
         return waits(self._sealed, self._released, self._kept, keys_from_pos=keys_from_pos)
 
     # The rest ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ UPKEEP_S: Final = 1.0
 """How often it is looked whether something is due."""
 RETENTION_S: Final = 10.0
 """How often segments are looked at: retention is a matter of hours and gigabytes."""
+COMPACTION_RETRY_S: Final = 60.0
+"""After a failure: each try reads a whole segment."""
 SLICE_ROWS: Final = 256
 """Rows gathered in one go: half a millisecond."""
 
@@ -62,6 +64,7 @@ class Upkeep:
         self._sleep = sleep
         self._events = events
         self._retention_due_s = 0.0
+        self._compaction_due_s = 0.0
 
     async def run(self) -> None:
         """Look each second; runs until cancelled.
@@ -81,7 +84,8 @@ class Upkeep:
                 await self.retain()
                 if self._log.compaction_waits(self._keys.from_pos(self._log.durable_pos)):
                     await self.checkpoint()
-            await self.compact()
+            if now_s >= self._compaction_due_s:
+                await self.compact()
 
     def checkpoint_due(self) -> bool:
         """The log has grown, or too many sessions have changed, since the last checkpoint."""
@@ -148,6 +152,7 @@ class Upkeep:
         try:
             bytes_back = await self._log.compact(self._slot_of, below_pos=self._archived_below())
         except OSError as error:
+            self._compaction_due_s = self._clock.monotonic_s() + COMPACTION_RETRY_S
             self._events.event("compaction.failed", level="warning", error=str(error))
             return
         if bytes_back:
