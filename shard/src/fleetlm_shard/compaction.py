@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from crc32c import crc32c
 
+from fleetlm_common import limits
 from fleetlm_common.ids import SessionId
 from fleetlm_shard import framing
 from fleetlm_shard.chain import add_frames, read_span
@@ -31,21 +33,22 @@ from fleetlm_shard.segments import LOG_FOLDER, discard
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from fleetlm_shard.chain import Link
-    from fleetlm_shard.checkpoints import KeptCheckpoints
     from fleetlm_shard.disk import Disk
     from fleetlm_shard.framing import Frame
-    from fleetlm_shard.segments import SegmentId, TempNames
+    from fleetlm_shard.segments import TempNames
 
 WORTH: Final = 8
 """A segment is written anew if that gives back at least this part of it (an eighth): else copying costs more than it
 brings, and what is dead stays until more of the segment is."""
 PAGE_BYTES: Final = 4096
 """What file systems keep or leave out as a whole."""
-_PAUSE_BATCHES: Final = 16
-"""Batches between two chances to pause."""
+MESSAGE_REACH_BYTES: Final = limits.FRAME_BYTES_MAX
+"""No message is longer."""
+_SORTED_BYTES: Final = 1024 * 1024
+"""Places of so much of a segment are sorted at once: one long sort would hold the interpreter."""
 _ZEROS: Final = bytes(64 * 1024)
 
 
@@ -71,136 +74,120 @@ class Compacted:
         return back_bytes
 
 
-class Candidates:
-    """Which segment to look at next; remembers up to which RELEASED each was looked at."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """All that writing a segment anew needs.
 
-    def __init__(self) -> None:
-        self._looked: dict[SegmentId, int] = {}
-
-    def next(self, links: Sequence[Link], released: Mapping[int, int], *, limit_pos: int) -> Link | None:
-        """The oldest sealed segment below `limit_pos` that may hold something released since it was looked at.
-
-        Args:
-            links: sealed, ascending.
-            released: slot → position below which nothing of it counts.
-            limit_pos: no boot reads anything below.
-        """
-        newest_pos = max(released.values(), default=0)
-        for link in links:
-            if link.end_pos > limit_pos:
-                return None
-            since_pos = max(link.header.base_pos, self._looked.get(link.id, 0))
-            if link.index_path is not None and newest_pos > since_pos:
-                self._looked = {each.id: pos for each in links if (pos := self._looked.get(each.id))}
-                self._looked[link.id] = newest_pos
-                return link
-        return None
-
-    def again(self, link: Link) -> None:
-        """It could not be written anew: look at it once more."""
-        self._looked.pop(link.id, None)
-
-
-def waits(links: Sequence[Link], released: Mapping[int, int], kept: KeptCheckpoints, *, keys_from_pos: int) -> bool:
-    """Whether newer checkpoints would let more segments be looked at.
-
-    Args:
-        links: sealed, ascending.
-        released: slot → position of its newest RELEASED.
-        kept: the checkpoints.
-        keys_from_pos: no new checkpoint would let anything beyond be looked at.
+    Attributes:
+        disk, temps: of the volume.
+        link: the segment; sealed.
+        index_path: its index.
+        released: slot → position below which nothing of it counts, by both kept checkpoints.
+        slot_of: the slot of a session id.
+        reserve_bytes: of it half is taken at most, but for what is small: a full disk must do for checkpoints, too.
+        look: raises if a younger term exists: it would not expect that a file changes.
+        pause: called between slices of work; may raise `CompactionEnded`.
     """
-    newest_pos, known_pos = max(released.values(), default=0), max(kept.released().values(), default=0)
-    limit_pos = kept.limit_pos()
-    return any(
-        link.header.base_pos < newest_pos and link.end_pos <= keys_from_pos
-        for link in links
-        if link.end_pos > limit_pos or known_pos < newest_pos
-    )
+
+    disk: Disk
+    temps: TempNames
+    link: Link
+    index_path: str
+    released: Mapping[int, int]
+    slot_of: Callable[[SessionId], int]
+    reserve_bytes: int
+    look: Callable[[], None]
+    pause: Callable[[], None]
 
 
-def compact_segment(
-    disk: Disk,
-    temps: TempNames,
-    link: Link,
-    *,
-    released: Mapping[int, int],
-    slot_of: Callable[[SessionId], int],
-    reserve_bytes: int,
-    pause: Callable[[], None],
-) -> Compacted | None:
-    """Write a sealed segment anew if enough of it is dead; None: it stays as it is.
+class CompactionEnded(Exception):
+    """Something else needs the lane; nothing has changed."""
 
-    Runs in a background thread, in slices with pauses. Durable when it returns; may be cut off anywhere. Of the
-    reserve it takes half at most: what a full disk has left must do for checkpoints, too.
+
+def compact_segment(task: Task) -> Compacted | None:
+    """Write a sealed segment anew if that gives enough back; None: it stays as it is.
+
+    Runs in a background thread. Durable when it returns; may be cut off anywhere.
 
     Raises:
-        OSError: the disk refuses; nothing has changed.
+        CompactionEnded: by `pause`.
+        OSError: the disk refuses. What is there says the same as before.
+        Exception: whatever the fence raises.
     """
-    assert link.index_path is not None
-    if not _has_dead_messages(disk, link, released, slot_of, pause):
+    link, stored_bytes = task.link, _stored(task.disk, task.link.path)
+    pages = _pages_alive(task)
+    if pages is None or (stored_bytes - pages * PAGE_BYTES) * WORTH < link.header.size:
         return None
-    read = _read(disk, link, pause)
-    if read is None:
+    rewriting = _rewritten(task)
+    if rewriting is None:
         return None
-    data, batches = read
-    rewriting = _Rewriting(data, link, released)
-    for number, batch in enumerate(batches):
-        rewriting.take(batch)
-        if number % _PAUSE_BATCHES == 0:
-            pause()
     pieces = rewriting.pieces()
     needed_bytes = _pages(pieces) * PAGE_BYTES
-    if (_stored(disk, link.path) - needed_bytes) * WORTH >= link.header.size:
-        if disk.free_bytes() - needed_bytes < reserve_bytes // 2:
-            raise OSError(errno.ENOSPC, f"no {needed_bytes} bytes to write a segment anew", link.path)
-        _write(disk, temps, link, pieces, pause)
-    elif rewriting.died:
+    if (stored_bytes - needed_bytes) * WORTH < link.header.size:
         return None
-    # Last, so that an index that names what is dead says that the segment may have to be written anew.
+    _check_room(task, needed_bytes)
+    _write(task, pieces)
+    # An index that still names what is gone does no harm, should it stay: nobody asks for it.
     index = rewriting.index
-    write_index(disk, temps, link, index, path=link.index_path, pause=pause)
-    return Compacted(_stored(disk, link.path), index.messages, index.inserted_at_us_max)
+    task.look()
+    write_index(task.disk, task.temps, link, index, path=task.index_path, pause=task.pause)
+    return Compacted(_stored(task.disk, link.path), index.messages, index.inserted_at_us_max)
 
 
-def _read(disk: Disk, link: Link, pause: Callable[[], None]) -> tuple[bytes, list[Batch]] | None:
-    """The segment's bytes and batches; None if it is damaged: whoever looks into that wants the file as it was."""
-    base_pos, batches = link.header.base_pos, list[Batch]()
-    span = read_span(disk, link, base_pos, link.end_pos)
-    for piece in framing.scan(span.data, start_pos=base_pos, seed=link.header.seed, proven_pos=link.end_pos):
-        if not isinstance(piece, Batch):
-            return None
-        batches.append(piece)
-        if len(batches) % _PAUSE_BATCHES == 0:
-            pause()
-    whole = span.whole and bool(batches) and batches[-1].end_pos == link.end_pos
-    return (span.data, batches) if whole else None
+def _check_room(task: Task, needed_bytes: int) -> None:
+    free_bytes = task.disk.free_bytes()
+    if free_bytes - needed_bytes < task.reserve_bytes // 2 and needed_bytes > free_bytes // 8:
+        words = f"{needed_bytes} bytes to write a segment anew are too many of {free_bytes} that are free"
+        raise OSError(errno.ENOSPC, words, task.link.path)
 
 
-def _has_dead_messages(
-    disk: Disk,
-    link: Link,
-    released: Mapping[int, int],
-    slot_of: Callable[[SessionId], int],
-    pause: Callable[[], None],
-) -> bool:
-    """Whether enough of the segment's messages do not count, by its index: that is some hundredth of its bytes."""
-    assert link.index_path is not None
-    dead = total = 0
-    file = disk.open(link.index_path)
+def _pages_alive(task: Task) -> int | None:
+    """How many pages at least hold messages that count, by the index alone; None: it is damaged, or has gone.
+
+    A message reaches to the next one, or as far as a message can: what stands between them that is none is taken for
+    alive. That is some hundredth of the reading that the segment itself would be.
+    """
+    base_pos, places = task.link.header.base_pos, dict[int, list[int]]()
+    try:
+        file = task.disk.open(task.index_path)
+    except FileNotFoundError:
+        return None
     try:
         for key, value in Table(file, KIND_INDEX).items():
-            released_pos = released.get(slot_of(SessionId(key.decode())), 0)
-            places = [pos for run in decode_runs(value, link.header.base_pos) for pos in run[1:]]
-            total += len(places)
-            dead += sum(pos < released_pos for pos in places)
-            pause()
+            released_pos = task.released.get(task.slot_of(SessionId(key.decode())), 0)
+            for run in decode_runs(value, base_pos):
+                for pos in run[1:]:
+                    # The last bit says whether it counts.
+                    places.setdefault((pos - base_pos) // _SORTED_BYTES, []).append(2 * pos + (pos >= released_pos))
+            task.pause()
     except TableDamaged:
-        return False
+        return None
     finally:
         file.close()
-    # Messages are not equally long, so the count may be far from the bytes: look closer early.
-    return dead * WORTH * 4 >= total > 0 and dead > 0
+    count, last = 1, 0
+    for bucket in sorted(places):
+        found = sorted(places[bucket])
+        # Of the last one, that it begins.
+        for place, following in pairwise([*found, found[-1] + 2]):
+            if place & 1:
+                start, stop = HEADER_BYTES + place // 2 - base_pos, HEADER_BYTES + following // 2 - base_pos
+                first = max(start // PAGE_BYTES, last + 1)
+                last = max(last, (min(stop, start + MESSAGE_REACH_BYTES) - 1) // PAGE_BYTES)
+                count += last + 1 - first
+        task.pause()
+    return count
+
+
+def _rewritten(task: Task) -> _Rewriting | None:
+    """All batches of the segment, taken; None if it is damaged: whoever looks into that wants the file as it was."""
+    link = task.link
+    span = read_span(task.disk, link, link.header.base_pos, link.end_pos)
+    rewriting, end_pos = _Rewriting(span.data, link, task.released), link.header.base_pos
+    for batch in framing.batches(span.data, start_pos=link.header.base_pos, seed=link.header.seed):
+        rewriting.take(batch)
+        end_pos = batch.end_pos
+        task.pause()
+    return rewriting if span.whole and end_pos == link.end_pos else None
 
 
 class _Rewriting:
@@ -215,8 +202,6 @@ class _Rewriting:
         self._copied = (0, 0)
         self._pieces: list[tuple[int, bytes | memoryview]] = [(0, framing.encode_header(link.header))]
         self.index = MemoryIndex()
-        self.died = 0
-        """Frames that count no more and are still there."""
 
     def take(self, batch: Batch) -> None:
         """The next batch."""
@@ -233,11 +218,7 @@ class _Rewriting:
 
     def _is_dead(self, frame: Frame) -> bool:
         pos, kind, slot, _, _ = frame
-        if kind == VOID_TAIL[0]:
-            return True
-        dead = kind in OF_A_SLOT and pos < self._released.get(slot, 0)
-        self.died += dead
-        return dead
+        return kind == VOID_TAIL[0] or (kind in OF_A_SLOT and pos < self._released.get(slot, 0))
 
     def _take_live(self, batch: Batch, live: list[Frame]) -> None:
         """The batch with its live frames where they are, and a VOID for each run of the others."""
@@ -270,7 +251,8 @@ class _Rewriting:
             # A mark alone: too short for anything else.
             self._copy(first.pos, last.end_pos)
             return
-        self._batch(first.pos, last.end_pos, last.synced_pos, 1)
+        # Not the last one's: a batch never proves what lies beyond its own beginning.
+        self._batch(first.pos, last.end_pos, first.synced_pos, 1)
         self._void(first.pos + BATCH_FRAME_BYTES, last.end_pos)
 
     def _batch(self, pos: int, end_pos: int, synced_pos: int, frames: int) -> None:
@@ -327,28 +309,23 @@ def _stored(disk: Disk, path: str) -> int:
         file.close()
 
 
-def _write(
-    disk: Disk,
-    temps: TempNames,
-    link: Link,
-    pieces: list[tuple[int, bytes | memoryview]],
-    pause: Callable[[], None],
-) -> None:
+def _write(task: Task, pieces: list[tuple[int, bytes | memoryview]]) -> None:
     """Write the file, sync it, give it the segment's name."""
-    temp = temps.next()
+    disk, link, temp = task.disk, task.link, task.temps.next()
     file = disk.create(temp)
     try:
         for offset, data in pieces:
             file.pwrite(data, offset)
-            pause()
+            task.pause()
         if pieces[-1][0] + len(pieces[-1][1]) < link.header.size:
             file.pwrite(b"\0", link.header.size - 1)
         file.sync()
-    except OSError:
+        task.look()
+        disk.replace(temp, link.path)
+    except Exception:
         discard(disk, file, temp)
         raise
     file.close()
-    disk.replace(temp, link.path)
     disk.sync_folder(LOG_FOLDER)
 
 

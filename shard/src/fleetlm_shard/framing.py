@@ -273,6 +273,14 @@ class _Scan:
         return frames, lost_bytes
 
 
+def batches(data: bytes, *, start_pos: int, seed: int) -> Iterator[Batch]:
+    """The whole batches from `start_pos` on, up to the first that is not: for who leaves damage to others."""
+    state, pos = _Scan(data, start_pos=start_pos, seed=seed, proven_pos=start_pos), start_pos
+    while (batch := state.batch_at(pos)) is not None:
+        yield batch
+        pos = batch.end_pos
+
+
 def scan(data: bytes, *, start_pos: int, seed: int, proven_pos: int) -> Iterator[Batch | Hole]:
     """Read the batches of a segment in order.
 

@@ -54,12 +54,13 @@ def write_index(
         meta = IndexMeta(link.header, link.end_pos, index.messages, index.inserted_at_us_max)
         builder.finish(msgspec.json.encode(meta))
         file.sync()
+        if path is not None:
+            disk.replace(temp, path)
     except OSError:
         discard(disk, file, temp)
         raise
     file.close()
     if path is not None:
-        disk.replace(temp, path)
         disk.sync_folder(LOG_FOLDER)
         return path
     path = index_path(IndexId(link.id, made_in))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from fleetlm_shard.appender import Appender, Durable
 from fleetlm_shard.chain import messages_from
 from fleetlm_shard.checkpoints import KeptCheckpoints, StoredMeta, write_checkpoint
-from fleetlm_shard.compaction import Candidates, compact_segment, waits
+from fleetlm_shard.compactor import Compactor, waits
 from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
@@ -96,7 +96,6 @@ class Log:
         self._next_checkpoint = 1
         self._checkpointing = False
         self._trimming = False
-        self._candidates = Candidates()
         self._sealing = False
         self._memory_only: set[SegmentId] = set()
         self._own_pending = 0
@@ -112,6 +111,7 @@ class Log:
             monotonic=monotonic,
             observe_sync=observe_sync,
         )
+        self._compactor = Compactor(start, self._kept, lanes=lanes, loop=loop, look=self._appender.look)
         self.append = self._appender.append
         """`append(record, context) -> position`; see `Appender.append`. Bound here: one call less for each message."""
 
@@ -356,6 +356,7 @@ class Log:
         assert pos <= self.durable_pos, "a checkpoint holds durable records only"
         if self._checkpointing:
             raise LogBusy("a checkpoint is being written")
+        self._compactor.give_way()
         self._checkpointing = True
         try:
             stored = StoredMeta(
@@ -367,7 +368,8 @@ class Log:
                 released=dict(self._released),
                 facts=facts,
             )
-            if self._appender.synced_pos < stored.pos:
+            # Releases, openings and facts may be of records beyond `pos`, which must not be lost either.
+            if self._appender.synced_pos < self.durable_pos:
                 await self._appender.sync()
             own_id = CheckpointId(self._term, self._next_checkpoint)
             self._next_checkpoint += 1
@@ -495,30 +497,25 @@ class Log:
         Of the same segments as `trim`. Returns how many bytes the volume got back.
 
         Raises:
-            OSError: the disk refuses; nothing has changed.
+            LogStopped: the log ended meanwhile.
+            OSError: the disk refuses; what is there says the same as before.
         """
-        if self._checkpointing:
-            return 0
-        released = self._kept.released()
-        link = self._candidates.next(self._sealed, released, limit_pos=self._limit_pos(below_pos))
-        if link is None:
-            return 0
-        # Batches become one: no checkpoint may say any more that a boot begins in the middle of them.
-        self._boundaries = [pos for pos in self._boundaries if not link.header.base_pos < pos < link.end_pos]
-        work = partial(compact_segment, self._disk, self._temps, link, released=released, slot_of=slot_of)
-        reserve_bytes, pause = self._config.reserve_bytes, self._lanes.pause
-        try:
-            made = await self._in_background(partial(work, reserve_bytes=reserve_bytes, pause=pause))
-        except OSError:
-            self._candidates.again(link)
-            raise
+        limit_pos = self._limit_pos(below_pos)
+        made = await self._compactor.run(
+            self._sealed, limit_pos=limit_pos, slot_of=slot_of, begins=self._forget_boundaries
+        )
         if made is None:
             return 0
-        back_bytes = made.apply(link)
+        link, compacted = made
+        back_bytes = compacted.apply(link)
         self._stats.compacted_segments += 1
         self._stats.compacted_bytes += back_bytes
         self._close_indexes({link.index_path})
         return back_bytes
+
+    def _forget_boundaries(self, link: Link) -> None:
+        """Batches become one: no checkpoint may say any more that a boot begins in the middle of them."""
+        self._boundaries = [pos for pos in self._boundaries if not link.header.base_pos < pos < link.end_pos]
 
     def compaction_waits(self, keys_from_pos: int) -> bool:
         """Whether there may be more to compact once there are newer checkpoints, whose keys begin at this position."""
@@ -584,6 +581,7 @@ class Log:
 
     async def close(self) -> None:
         """Graceful end: what is queued becomes durable, a mark says so, threads end. Must not be cancelled."""
+        self._compactor.give_way()
         await self._appender.close()
         # Each lane answers once more when it has done what was queued; then ending its thread takes no time.
         for lane in {id(lane): lane for lane in self._lanes.all()}.values():
