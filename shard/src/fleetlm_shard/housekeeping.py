@@ -56,7 +56,7 @@ def write_index(
         file.sync()
         if path is not None:
             disk.replace(temp, path)
-    except OSError:
+    except Exception:  # also that of `pause`
         discard(disk, file, temp)
         raise
     file.close()
