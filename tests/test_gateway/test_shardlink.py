@@ -105,6 +105,29 @@ def test_an_elder_term_is_not_spoken_to() -> None:
     run_fast(main())
 
 
+def test_on_another_volume_terms_begin_anew() -> None:
+    """A shard that left, was given an empty volume and joined again is spoken to, whatever term it had before."""
+
+    async def main() -> None:
+        world = World(1)
+        elder, younger = FakeShard(world, world.names[0], term=2), FakeShard(world, world.names[0], term=1)
+        await elder.start()
+        await younger.start()
+        link = make_link()
+        link.aim(aimed_at(elder))
+        await until(lambda: link.ready)
+        link.aim(Target("127.0.0.1", younger.port, RING_UID, "volume-new", 1))
+        await until(lambda: bool(younger.hellos) and link.ready)
+        link.aim(Target("127.0.0.1", elder.port, RING_UID, "volume-new", 0))
+        elder.term = 0
+        await until(lambda: "younger" in link.why)
+        await link.close()
+        await elder.stop()
+        await younger.stop()
+
+    run_fast(main())
+
+
 def test_a_lost_connection_answers_what_was_in_flight() -> None:
     """Each request is answered exactly once with LOST when the connection ends, and the link comes back."""
 

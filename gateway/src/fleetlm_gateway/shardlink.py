@@ -137,7 +137,8 @@ class ShardLink:
         self._heard = False
         self._ident = 0
         self._up_at_s = 0.0
-        self._term_seen = 0
+        self._term_seen = ("", 0)
+        """Volume, and the youngest term that answered on it: on another one terms begin anew."""
         self._calls: dict[int, OnReply] = {}
         self._subscriptions: dict[int, OnReply] = {}
         self._task: asyncio.Task[None] | None = None
@@ -300,7 +301,8 @@ class ShardLink:
         welcome = handshake.result()
         if welcome.protocol != rpc.PROTOCOL or welcome.shard != self.shard:
             raise _Refused(f"{welcome.shard} answered with protocol {welcome.protocol}")
-        if welcome.term < max(self._term_seen, target.term):
+        volume_id, term = self._term_seen
+        if welcome.term < max(target.term, term if volume_id == target.volume_id else 0):
             # An elder container of this shard: it is fenced, whatever it believes.
             raise _Refused(f"term {welcome.term} answered, a younger one is known")
         return welcome
@@ -324,7 +326,7 @@ class ShardLink:
     def _up(self, welcome: rpc.Welcome, target: Target) -> None:
         self._ready, self._leaving, self._heard = True, False, True
         self._up_at_s = self._loop.time()
-        self._term_seen = welcome.term
+        self._term_seen = target.volume_id, welcome.term
         self.why = ""
         self._log.event("link.ready", shard=self.shard, host=target.host, port=target.port, term=welcome.term)
         self._on_state(True)
