@@ -16,6 +16,9 @@ from tests.cluster.waiting import until
 READY_TIMEOUT_S: Final = 60.0
 IMPORT_TIMEOUT_S: Final = 300.0
 PODS_MAX: Final = 100
+RESTART_S_MAX: Final = 2
+"""A container that ended more than once waits no longer than this for its next start. Kubernetes' own is 10 s, doubled
+with each end up to 300: who kills one again and again would measure that."""
 
 
 def folder(node: str) -> Path:
@@ -143,6 +146,7 @@ def _kubelet(node: str, place: Path) -> dict[str, object]:
         "imageGCHighThresholdPercent": 100,  # images come from archives: one that is collected is gone
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "nodeStatusUpdateFrequency": "4s",
+        "crashLoopBackOff": {"maxContainerRestartPeriod": f"{RESTART_S_MAX}s"},
         "maxPods": PODS_MAX,
         "serializeImagePulls": False,
     }

@@ -6,33 +6,19 @@ What a dead run left in a cluster that is still up is removed before the first t
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
-import re
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
-from typing import Final
 
 import pytest
 
-from tests.cluster import images, lifecycle, paths
+from tests.cluster import images, lifecycle
 from tests.cluster.say import ClusterError
+from tests.e2e.install import a_namespace, install_operator, remove_everything
 from tests.e2e.kubectl import CommandError, run_now
 from tests.e2e.published import CLUSTER_GOES
 from tests.e2e.rings import Ring, nothing_ended_by_itself
 from tests.e2e.traffic import STALLS
-
-LABEL: Final = "fleetlm.io/e2e=test"
-"""On every namespace that tests make."""
-OPERATOR_NAMESPACE: Final = "fleetlm"
-_numbers = itertools.count(1)
-
-
-def readme_lines() -> list[str]:
-    """The commands of the README's Kubernetes section, as they stand there."""
-    text = (paths.ROOT / "README.md").read_text()
-    section = text.partition("## On Kubernetes\n")[2].partition("\n## ")[0]
-    return [line.strip() for line in section.splitlines() if line.startswith("    ")]
 
 
 @pytest.fixture(scope="session")
@@ -44,28 +30,6 @@ def cluster() -> None:
     except (CommandError, ClusterError, OSError) as error:
         pytest.fail(f"`make e2e` runs these tests, in the client's network of a cluster that it brings up: {error}")
     assert up, "`make e2e` brings a cluster up"
-
-
-def remove_everything() -> None:
-    """Whatever tests, or the README's lines, left in the cluster; what is somebody else's is not touched."""
-    ours = run_now("kubectl", "get", "namespaces", "-l", LABEL, "-o", "name")
-    every = run_now("kubectl", "get", "namespaces", "-o", "name")
-    place = f"namespace/{OPERATOR_NAMESPACE}"
-    if place in every and place not in ours:
-        pytest.fail(f"{place} in the cluster that is up is not the tests': delete it, or `make cluster-down`")
-    if place in ours and run_now("helm", "list", "-q", "-n", OPERATOR_NAMESPACE).strip():
-        run_now("helm", "uninstall", "fleetlm", "-n", OPERATOR_NAMESPACE, "--wait")
-    run_now("kubectl", "delete", "namespace", "-l", LABEL, "--timeout=120s")
-    run_now("kubectl", "delete", "crd", "--ignore-not-found", "shardrings.fleetlm.io", "ringmaps.fleetlm.io")
-
-
-def install_operator() -> None:
-    """By the README's first line as it stands there."""
-    try:
-        run_now("bash", "-ec", readme_lines()[0], timeout_s=120)
-    finally:  # what an installation that failed left is the tests', too
-        run_now("kubectl", "label", "namespace", OPERATOR_NAMESPACE, LABEL, "--overwrite")
-    run_now("kubectl", "rollout", "status", "deployment", "-n", OPERATOR_NAMESPACE, "--timeout=60s")
 
 
 @pytest.fixture(scope="session")
@@ -81,25 +45,15 @@ def installed(cluster: None) -> Generator[None]:
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest, installed: None) -> Generator[str]:
     """A namespace for one test; goes after it."""
-    yield from make_namespace(request.node.name)
-
-
-def make_namespace(wish: str) -> Generator[str]:
-    """A namespace under the restricted standard; the generator's end deletes it."""
-    short = re.sub(r"[^a-z0-9]+", "-", wish.lower().removeprefix("test_"))[:30].strip("-")
-    name = f"e2e-{next(_numbers)}-{short}"
-    run_now("kubectl", "create", "namespace", name)
-    run_now("kubectl", "label", "namespace", name, LABEL, "pod-security.kubernetes.io/enforce=restricted")
-    try:
+    with a_namespace(request.node.name) as name:
         yield name
-    finally:
-        run_now("kubectl", "delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture(scope="session")
 def shared_namespace(installed: None) -> Generator[str]:
     """Of the shared ring."""
-    yield from make_namespace("shared")
+    with a_namespace("shared") as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

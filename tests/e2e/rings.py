@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -98,6 +98,10 @@ class Ring:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{await self.evidence()}") from error
 
+    async def map(self) -> Json:
+        """Who owns what, and which moves are in flight."""
+        return dict((await get(self.namespace, "ringmap", self.name))["spec"]["map"])
+
     async def url(self) -> str:
         """Its gateway Service, as clients in the cluster reach it; the address, for the client has no cluster DNS."""
         service = await get(self.namespace, "service", f"{self.name}-gateway")
@@ -128,16 +132,16 @@ class Ring:
         return "\n".join(parts)
 
 
-async def nothing_ended_by_itself(ring: Ring) -> None:
-    """No container ended that no test killed.
+async def nothing_ended_by_itself(ring: Ring, *, others: Sequence[Json] = ()) -> None:
+    """No container of the ring's pods and of `others` ended that no test killed.
 
     Raises:
         AssertionError: one did; with its last words.
     """
-    for pod in [*await ring.pods("shard"), *await ring.pods("gateway")]:
+    for pod in [*await ring.pods("shard"), *await ring.pods("gateway"), *others]:
         name, found, killed = pod["metadata"]["name"], restarts(pod), KILLED[pod["metadata"]["uid"]]
         if found != killed:
-            words = await kubectl("logs", name, "-n", ring.namespace, "--previous", "--tail=20")
+            words = await kubectl("logs", name, "-n", pod["metadata"]["namespace"], "--previous", "--tail=20")
             raise AssertionError(f"{name} was restarted {found} times, and killed {killed} times:\n{words}")
 
 
@@ -169,12 +173,16 @@ def container_of(pod: Json) -> str:
 
 
 async def signal_container(pod: Json, name: str = "SIGKILL") -> None:
-    """Send a signal to the pod's container, behind Kubernetes' back."""
-    if name == "SIGKILL":
-        KILLED[pod["metadata"]["uid"]] += 1
+    """Send a signal to the pod's container, behind Kubernetes' back.
+
+    Raises:
+        CommandError: it has ended already.
+    """
     node = str(pod["spec"]["nodeName"])
     line = ("tasks", "kill", "--signal", name, container_of(pod))
     await run(*nodes.ctr_line(node, *line))
+    if name == "SIGKILL":
+        KILLED[pod["metadata"]["uid"]] += 1
 
 
 async def killed_in_place(namespace: str, name: str) -> None:
@@ -191,7 +199,7 @@ async def killed_in_place(namespace: str, name: str) -> None:
     await until(f"{name} is back in its pod", back)
 
 
-async def replaced(namespace: str, name: str, *how: str) -> None:
+async def replaced(namespace: str, name: str, *how: str, within_s: float = READY_S) -> None:
     """`kubectl delete pod`, and wait until another pod of that name is ready."""
     uid = (await get(namespace, "pod", name))["metadata"]["uid"]
     await kubectl("delete", "pod", name, "-n", namespace, "--wait=false", *how)
@@ -200,4 +208,4 @@ async def replaced(namespace: str, name: str, *how: str) -> None:
         now = await get(namespace, "pod", name)
         return bool(now["metadata"]["uid"] != uid and pod_ready(now))
 
-    await until(f"another {name} is ready", back)
+    await until(f"another {name} is ready", back, timeout_s=within_s)

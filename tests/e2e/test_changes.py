@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator
 
 import pytest
 
 from tests.cluster import images
-from tests.e2e.kubectl import Json, get, kubectl, listed, until
+from tests.e2e.kubectl import kubectl, listed, until
+from tests.e2e.operations import images_of, scaled, shares, slots_of, upgraded
 from tests.e2e.published import BAD, UPGRADE, published
 from tests.e2e.rings import Ring, replaced
 from tests.e2e.traffic import Traffic, under_traffic
@@ -22,43 +22,14 @@ async def changed(ring: Ring) -> AsyncGenerator[Ring]:
     await ring.ready()
 
 
-def image_of(pod: Json) -> str:
-    """The image that a pod is made with."""
-    return str(pod["spec"]["containers"][0]["image"])
-
-
-async def images_of(ring: Ring, component: str) -> list[str]:
-    """Images of all its pods."""
-    return [image_of(pod) for pod in await ring.pods(component)]
-
-
-async def slots_of(ring: Ring) -> Counter[str]:
-    """Slots by shard, of all members of the ring map."""
-    ring_map = (await get(ring.namespace, "ringmap", ring.name))["spec"]["map"]
-    owned = Counter[str]({member["name"]: 0 for member in ring_map["members"]})
-    for found in ring_map["ranges"]:
-        owned[found["owner"]] += found["last"] - found["first"] + 1
-    return owned
-
-
-async def shares(ring: Ring) -> set[str]:
-    """The ring map's members, each with its share of the slots within one."""
-    owned = await slots_of(ring)
-    assert max(owned.values()) - min(owned.values()) <= 1
-    return set(owned)
-
-
 async def test_an_upgrade_in_place(changed: Ring) -> None:
     """Shard by shard, then the gateways; each on its own volume; nothing is lost."""
     claims = [pod["spec"]["volumes"] for pod in await changed.pods("shard")]
 
     async def script(traffic: Traffic) -> None:
-        await changed.apply({"version": UPGRADE, "replicas": 3, "update": {"strategy": "InPlace"}})
-        await changed.ready()
+        await upgraded(changed, UPGRADE, strategy="InPlace")
 
     await under_traffic(changed, "upgrade of 3 shards and 2 gateways", script)
-    assert await images_of(changed, "shard") == [published("shard", UPGRADE)] * 3
-    assert await images_of(changed, "gateway") == [published("gateway", UPGRADE)] * 2
     data = [[one for one in each if one["name"] == "data"] for each in claims]
     now = [[one for one in pod["spec"]["volumes"] if one["name"] == "data"] for pod in await changed.pods("shard")]
     assert now == data
@@ -69,12 +40,9 @@ async def test_an_upgrade_with_hand_over(changed: Ring) -> None:
     """The default: each shard gives its slots away before its pod goes; at the end all is even."""
 
     async def script(traffic: Traffic) -> None:
-        await changed.apply({"version": UPGRADE, "replicas": 3})
-        await changed.ready(timeout_s=150)
+        await upgraded(changed, UPGRADE, within_s=150)
 
     await under_traffic(changed, "upgrade of 3 shards and 2 gateways with hand-over", script)
-    assert await images_of(changed, "shard") == [published("shard", UPGRADE)] * 3
-    assert await shares(changed) == {f"shard-{number}" for number in range(3)}
 
 
 @pytest.mark.long
@@ -121,15 +89,9 @@ async def test_a_change_of_mind_in_the_middle(changed: Ring) -> None:
 async def test_more_shards_and_fewer(changed: Ring) -> None:
     """`kubectl scale sr` 3 → 5 → 2 → 3: slots move, shards that leave go last, and nobody who writes or reads loses."""
 
-    async def scaled(replicas: int) -> None:
-        await kubectl("scale", f"shardring/{changed.name}", "-n", changed.namespace, f"--replicas={replicas}")
-        await changed.ready()
-        assert await shares(changed) == {f"shard-{number}" for number in range(replicas)}
-        assert len(await changed.pods("shard")) == replicas
-
     async def script(traffic: Traffic) -> None:
         for replicas in (5, 2, 3):
-            await scaled(replicas)
+            await scaled(changed, replicas)
             await traffic.progress()
 
     await under_traffic(changed, "kubectl scale 3 → 5 → 2 → 3", script)
@@ -179,7 +141,7 @@ async def test_cordons_and_pins(changed: Ring) -> None:
         await changed.apply({"version": images.version(), "replicas": 3, "cordoned": ["shard-1"], "pins": pins})
         await changed.ready()
         assert (await slots_of(changed))["shard-1"] == 0
-        ranges = (await get(changed.namespace, "ringmap", changed.name))["spec"]["map"]["ranges"]
+        ranges = (await changed.map())["ranges"]
         assert {found["owner"] for found in ranges if found["first"] <= last} == {"shard-2"}
         await traffic.progress()
         await changed.apply({"version": images.version(), "replicas": 3})

@@ -10,7 +10,7 @@ from pathlib import Path
 import fleetlm_client
 from fleetlm_client import CaughtUp, Message
 from tests.cluster import paths
-from tests.e2e.conftest import OPERATOR_NAMESPACE, readme_lines
+from tests.e2e.install import OPERATOR_NAMESPACE, readme_lines
 from tests.e2e.kubectl import get, kubectl, run
 from tests.e2e.rings import Ring
 

@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 import fleetlm_client
-from tests.e2e.conftest import OPERATOR_NAMESPACE, install_operator
+from tests.e2e.install import OPERATOR_NAMESPACE, install_operator
 from tests.e2e.kubectl import kubectl, run, until
 from tests.e2e.rings import Ring
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from tests.cluster import images
-from tests.e2e.conftest import OPERATOR_NAMESPACE
+from tests.e2e.install import OPERATOR_NAMESPACE
 from tests.e2e.kubectl import CommandError, get, kubectl, listed, until
 from tests.e2e.published import UPGRADE, published
 from tests.e2e.rings import Ring, pod_ready, signal_container

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from tests.e2e.conftest import OPERATOR_NAMESPACE
-from tests.e2e.kubectl import get, kubectl, listed, run, until
+from tests.e2e.install import OPERATOR_NAMESPACE
+from tests.e2e.kubectl import get, listed, run, until
+from tests.e2e.operations import drained, gateway_deleted
 from tests.e2e.rings import Ring, killed_in_place, pod_ready, replaced
 from tests.e2e.traffic import Traffic, under_traffic
 
@@ -52,8 +53,7 @@ async def test_a_gateway_pod_is_deleted(ring: Ring) -> None:
 
     async def script(traffic: Traffic) -> None:
         pods = await ring.pods("gateway")
-        await kubectl("delete", "pod", pods[0]["metadata"]["name"], "-n", ring.namespace, "--timeout=60s")
-        await ring.ready()
+        await gateway_deleted(ring, pods[0]["metadata"]["name"])
 
     await under_traffic(ring, "kubectl delete pod, a gateway", script)
 
@@ -75,14 +75,7 @@ async def test_every_node_is_drained_in_turn(ring: Ring) -> None:
 
     async def script(traffic: Traffic) -> None:
         for node in ("node1", "node2", "node3"):
-            line = ("--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
-            try:
-                await kubectl("drain", node, *line)
-                await ring.ready()
-                left = await listed(ring.namespace, "pods", f"fleetlm.io/ring={ring.name}")
-                assert all(pod["spec"]["nodeName"] != node for pod in left)
-            finally:
-                await kubectl("uncordon", node)
+            await drained(ring, node)
             await traffic.progress()
 
     await under_traffic(ring, "drain of three nodes in turn", script)

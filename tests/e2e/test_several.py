@@ -8,7 +8,7 @@ from collections.abc import Generator
 import pytest
 
 import fleetlm_client
-from tests.e2e.conftest import make_namespace
+from tests.e2e.install import a_namespace
 from tests.e2e.rings import Ring
 
 SMALL = {"replicas": 1, "slots": 256, "gateway": {"replicas": 1}}
@@ -17,7 +17,8 @@ SMALL = {"replicas": 1, "slots": 256, "gateway": {"replicas": 1}}
 @pytest.fixture
 def elsewhere(installed: None) -> Generator[str]:
     """Another namespace."""
-    yield from make_namespace("elsewhere")
+    with a_namespace("elsewhere") as name:
+        yield name
 
 
 @pytest.mark.long

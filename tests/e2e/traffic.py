@@ -43,12 +43,7 @@ class Traffic(Load):
 async def under_traffic(ring: Ring, what: str, script: Script) -> Report:
     """One run against a ring that is ready; judged."""
     plan = LoadPlan(seed=next(_seeds), sessions=6, writers=4, readers=3, write_pause_s=0.05)
-    try:
-        report = await Traffic(plan, await ring.url(), script).whole()
-    except BaseExceptionGroup as group:
-        raise AssertionError(f"{what}: {group.exceptions}\n{await ring.evidence()}") from group
-    except AssertionError as error:
-        raise AssertionError(f"{what}: {error}\n{await ring.evidence()}") from error
+    report = await reported(ring, what, Traffic(plan, await ring.url(), script))
     acked, delivered = report.figures["acked"], report.figures["delivered"]
     STALLS.append(
         f"{what}: {acked} appends, {delivered} deliveries in {report.seconds:.0f} s,"
@@ -57,3 +52,17 @@ async def under_traffic(ring: Ring, what: str, script: Script) -> Report:
     )
     clean(report)
     return report
+
+
+async def reported(ring: Ring, what: str, traffic: Traffic) -> Report:
+    """The report of a whole run; what broke is the caller's to say.
+
+    Raises:
+        AssertionError: the run did not come to its end; with what there is to see of the ring.
+    """
+    try:
+        return await traffic.whole()
+    except BaseExceptionGroup as group:
+        raise AssertionError(f"{what}: {group.exceptions}\n{await ring.evidence()}") from group
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}\n{await ring.evidence()}") from error

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -38,7 +38,7 @@ from fleetlm_common.ring import RingMap
 from tests.integration.kills import Plan
 from tests.support.eventually import poll
 from tests.support.faultload import FaultRun, under_load
-from tests.support.load import Report
+from tests.support.load import Report, append_ms
 
 OPERATION_S_MAX: Final = 150.0
 """An operation ends within it, kills and a busy machine included."""
@@ -51,18 +51,14 @@ MOVE_STATES: Final[tuple[MoveState, ...]] = ("Copying", "Sealing")
 
 @dataclass(slots=True)
 class Outcome:
-    """One run: the report, how long appends took, how many moves were committed."""
+    """One run: the report, how many moves were committed."""
 
     report: Report
-    took_s: list[float] = field(default_factory=list[float])
     epoch: int = 0
 
     def figures(self) -> str:
         """One line."""
-        took = sorted(self.took_s)
-        at = {f"p{share}": took[min(len(took) - 1, int(len(took) * share / 100))] for share in (50, 99)}
-        values = {name: round(seconds * 1000, 1) for name, seconds in {**at, "max": took[-1]}.items()}
-        appends = {"append_ms": values, "epoch": self.epoch}
+        appends = {"append_ms": append_ms(self.report.took_s), "epoch": self.epoch}
         return json.dumps({**json.loads(self.report.as_json()), **appends})
 
 
@@ -285,7 +281,6 @@ async def moves_run(folder: Path, operation: Operation, *, kills: bool, seed: in
     async def script(run: FaultRun) -> None:
         mover = Mover(run, kills=kills)
         await operation(mover)
-        outcome.took_s = run.took_s
         found = (await mover.view()).map
         outcome.epoch = 0 if found is None else found.epoch
 

@@ -15,6 +15,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,8 @@ class LoadPlan:
     """How much is written and read."""
 
     seed: int
+    name: str = "kill"
+    """Sessions begin with it: runs on one ring have sessions of their own by it and the seed."""
     sessions: int = 6
     writers: int = 6
     readers: int = 4
@@ -61,6 +64,11 @@ class Report:
     reconnects: int = 0
     slowest_append_s: float = 0.0
     slowest_append: str = ""
+    took_s: list[float] = field(default_factory=list[float])
+    """How long each append took, retries included, in the order of their answers."""
+    refused: Counter[str] = field(default_factory=Counter[str])
+    """What clients were told instead of an answer, TRY_AGAIN left out: codes of refusals, of what the SDK gave up, of
+    channels that ended. A CONFLICT that was asked for (`expected_seq`) is an answer."""
     gaps: int = 0
     violations: list[Violation] = field(default_factory=list[Violation])
 
@@ -75,6 +83,7 @@ class Report:
             "reconnects": self.reconnects,
             "slowest_append_s": round(self.slowest_append_s, 2),
             "slowest_append": self.slowest_append,
+            "refused": dict(self.refused),
             "gaps": self.gaps,
             "violations": len(self.violations),
         }
@@ -97,13 +106,11 @@ class Load:
         self.writing = True
         self.reading = True
         self.random = random.Random(plan.seed)
-        self.sessions = [f"kill-{plan.seed}-{at}" for at in range(plan.sessions)]
+        self.sessions = [f"{plan.name}-{plan.seed}-{at}" for at in range(plan.sessions)]
         self.last_seqs: dict[str, int] = dict.fromkeys(self.sessions, 0)
         self.streams: list[Stream] = []
         self.count = 0
         self.begin_s = time.monotonic()
-        self.took_s: list[float] = []
-        """How long each append took, retries included, in the order of their answers."""
 
     async def disturb(self) -> None:
         """What happens under the load; the run ends when it does."""
@@ -181,8 +188,10 @@ class Load:
             begin_s = time.monotonic()
             try:
                 done = await self._append_raw(raw, invocation)
-            except (Lost, Unanswered):
+            except (Lost, Unanswered) as error:
                 again.append(invocation)
+                if isinstance(error, Unanswered):
+                    self._refused("UNANSWERED")
                 raise Lost from None
             if not done:
                 again.append(invocation)
@@ -196,7 +205,15 @@ class Load:
             reply = await raw.join(session)
         except Unanswered:
             return False
-        return bool(reply["status"] == "ok")
+        if reply["status"] == "ok":
+            return True
+        self._refused(reply["response"]["code"])
+        return False
+
+    def _refused(self, code: str, *, asked_for: bool = False) -> None:
+        """A client was told a code."""
+        if code != "TRY_AGAIN" and not (asked_for and code == "CONFLICT"):
+            self.report.refused[code] += 1
 
     def _invoke(self, writer: str, session: str, chance: random.Random) -> Invocation:
         """What to append next: a single, a batch, with `expected_seq`, or one that is acknowledged already."""
@@ -229,6 +246,7 @@ class Load:
         if response["code"] == "TRY_AGAIN":
             return False
         self.history.reject(invocation, response["code"])
+        self._refused(response["code"], asked_for=invocation.expected_seq is not None)
         if response["code"] == "CONFLICT":
             self.saw(invocation.session, response["last_seq"])
         return True
@@ -274,10 +292,12 @@ class Load:
                 acks = await joined.append_batch(drafts, expected_seq=invocation.expected_seq)
         except Rejected as refusal:
             self.history.reject(invocation, refusal.code)
+            self._refused(refusal.code, asked_for=invocation.expected_seq is not None)
             if refusal.last_seq is not None:
                 self.saw(invocation.session, refusal.last_seq)
-        except (OutcomeUnknown, NotSent):
+        except (OutcomeUnknown, NotSent) as given_up:
             self.history.unknown(invocation)
+            self._refused(given_up.code)
         else:
             self.history.ack(invocation, [Acked(ack.seq, ack.id, ack.deduped) for ack in acks])
             self.saw(invocation.session, acks[-1].seq)
@@ -286,7 +306,7 @@ class Load:
     def _took(self, invocation: Invocation, begin_s: float) -> None:
         """Remember the slowest append, and when it was asked (to find it in the logs)."""
         seconds = time.monotonic() - begin_s
-        self.took_s.append(seconds)
+        self.report.took_s.append(seconds)
         if seconds > self.report.slowest_append_s:
             self.report.slowest_append_s = seconds
             self.report.slowest_append = (
@@ -306,6 +326,7 @@ class Load:
             elif event == "gap":
                 self.history.gap(streams[session], payload["from_seq"], payload["next_seq"])
             elif event in {"phx_error", "phx_close"}:
+                self._refused(payload.get("code", event))
                 rejoin.set()
 
         rejoin = asyncio.Event()
@@ -435,6 +456,13 @@ class Load:
                     self.history.found.append(Violation("stream", stream.session, text))
                     break
                 await asyncio.sleep(RETRY_S)
+
+
+def append_ms(took_s: Sequence[float]) -> dict[str, float]:
+    """How long appends took: half and 99 of 100 no longer than, and the longest."""
+    took = sorted(took_s)
+    at = {f"p{share}": took[min(len(took) - 1, int(len(took) * share / 100))] for share in (50, 99)}
+    return {name: round(seconds * 1000, 1) for name, seconds in {**at, "max": took[-1]}.items()}
 
 
 def entry_of(message: dict[str, Any]) -> Entry:
