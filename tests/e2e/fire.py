@@ -1,10 +1,11 @@
 """SIGKILL at random moments while something is done to a ring: source and target of its moves, operator, gateways.
 
-    async with under_fire(ring, chance, killed):
+    kills: list[Kill] = []
+    async with under_fire(ring, chance, kills):
         await scaled(ring, 5)
 
 Promise: real signals to containers' processes, behind Kubernetes' back, as drawn from `chance`; at the end of the block
-whoever was killed is back, in its pod or in another one, or has left the ring. `killed` says who died how often.
+whoever was killed is back, in its pod or in another one, or has left the ring. `kills` says who died when.
 Must not be done here: what is done to the ring; judging.
 """
 
@@ -13,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from tests.e2e.install import OPERATOR_NAMESPACE
@@ -37,12 +38,21 @@ AIMS: Final[tuple[Role, ...]] = ("source", "target", "source", "target", "operat
 """Half as often as a party of a move: the one who leads, a gateway."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One, by `time.monotonic()`."""
+
+    role: Role
+    pod: str
+    at_s: float
+
+
 @asynccontextmanager
-async def under_fire(ring: Ring, chance: random.Random, killed: Counter[str]) -> AsyncGenerator[None]:
+async def under_fire(ring: Ring, chance: random.Random, kills: list[Kill]) -> AsyncGenerator[None]:
     """See the module."""
     over = asyncio.Event()
     # Never cancelled: a kill that was not counted would look like a container that ended by itself.
-    firing = asyncio.create_task(_Fire(ring, chance, killed, over).go_on())
+    firing = asyncio.create_task(_Fire(ring, chance, kills, over).go_on())
     try:
         yield
     finally:
@@ -53,10 +63,10 @@ async def under_fire(ring: Ring, chance: random.Random, killed: Counter[str]) ->
 class _Fire:
     """The one who shoots."""
 
-    def __init__(self, ring: Ring, chance: random.Random, killed: Counter[str], over: asyncio.Event) -> None:
+    def __init__(self, ring: Ring, chance: random.Random, kills: list[Kill], over: asyncio.Event) -> None:
         self._ring = ring
         self._chance = chance
-        self._killed = killed
+        self._kills = kills
         self._over = over
 
     async def go_on(self) -> None:
@@ -69,7 +79,7 @@ class _Fire:
                 continue
             with suppress(CommandError, KeyError, IndexError):  # it has just ended, or was never there
                 await signal_container(pod)
-                self._killed[role] += 1
+                self._kills.append(Kill(role, pod["metadata"]["name"], time.monotonic()))
                 await _back(pod)
 
     async def _is_over_within(self, seconds: float) -> bool:

@@ -31,7 +31,7 @@ from typing import Any, Final
 from fleetlm_shard.verify import verify
 from tests.cluster import images, kind
 from tests.e2e import operations
-from tests.e2e.fire import under_fire
+from tests.e2e.fire import Kill, under_fire
 from tests.e2e.ground import on_a_cluster
 from tests.e2e.install import OPERATOR_NAMESPACE, a_namespace, install_operator, remove_everything
 from tests.e2e.kubectl import kubectl, listed, run_now
@@ -116,14 +116,14 @@ async def trial_run(ring: Ring, name: str, *, kills: bool, seed: int) -> dict[st
     """
     await ring.ready(timeout_s=STEP_S_MAX)
     began_at = await operations.epoch(ring)
-    killed = Counter[str]()
+    fired: list[Kill] = []
     took_s = 0.0
 
     async def script(traffic: Traffic) -> None:
         nonlocal took_s
         begin_s = time.monotonic()
         if kills:
-            async with under_fire(ring, random.Random(f"{seed}-{name}"), killed):
+            async with under_fire(ring, random.Random(f"{seed}-{name}"), fired):
                 await OPERATIONS[name](ring, traffic)
         else:
             await OPERATIONS[name](ring, traffic)
@@ -131,13 +131,15 @@ async def trial_run(ring: Ring, name: str, *, kills: bool, seed: int) -> dict[st
         took_s = time.monotonic() - begin_s
 
     plan = LoadPlan(seed=seed, name=name, sessions=8, writers=6, readers=4, write_pause_s=0.03)
-    report = await reported(ring, f"{name}, seed {seed}", Traffic(plan, await ring.url(), script))
+    traffic = Traffic(plan, await ring.url(), script)
+    report = await reported(ring, f"{name}, seed {seed}", traffic)
     return {
         "operation": name,
         "kills": kills,
         **json.loads(report.as_json()),
         "operation_s": round(took_s, 1),
-        "killed": dict(killed),
+        "killed": dict(Counter[str](kill.role for kill in fired)),
+        "fired": [f"{kill.at_s - traffic.begin_s:.1f} s {kill.role} {kill.pod}" for kill in fired],
         "append_ms": append_ms(report.took_s),
         "epochs": await operations.epoch(ring) - began_at,
         "broken": [*_broken(report), *await _ended_by_themselves(ring)],
