@@ -12,7 +12,7 @@ APISERVER_HERE := ls "$$HOME"/.cache/fleetlm/kubernetes-*/kube-apiserver >/dev/n
 	PATH="$$PATH:/usr/local/go/bin:/usr/lib/go/bin" go version 2>/dev/null | grep -q go1.26
 SOURCES := common/src shard/src gateway/src operator/src client/src cli/src
 .DEFAULT_GOAL := help
-.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills moves sim plants fuzz faults soak clean images cluster cluster-down e2e e2e-long
+.PHONY: help setup check audit test docs up bench bench-check bench-peers bench-peers-setup kills moves sim plants fuzz faults soak clean images cluster cluster-down e2e e2e-long e2e-moves
 
 help: ## what can be made
 	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ e2e: setup ## on a real Kubernetes of three nodes (one that is up, else one for 
 
 e2e-long: setup ## the long ones of them
 	$(RUN)/python -m tests.e2e -m long $(ARGS)
+
+e2e-moves: setup ## on it a ring is scaled, restarted, upgraded, drained again and again under load, by hand: make e2e-moves N=10 [KILLS=1] [ONLY=scale,restart,upgrade,handover,drain] [SEED=7] [RECORD=runs.jsonl]
+	$(RUN)/python -m tests.e2e.trial --repeat $(or $(N),10) $(if $(KILLS),--kills) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED)) $(if $(RECORD),--record $(RECORD))
 
 sim: setup ## seeded simulation: make sim SEED=17, or SEEDS=100000 FROM=1 [JOBS=2]; failures print how to replay them
 	$(RUN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --first $(or $(FROM),1) --jobs $(or $(JOBS),1))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from tests.e2e.kubectl import Json, get, kubectl, listed
+from tests.e2e.kubectl import Json, get, kubectl, listed, until
 from tests.e2e.published import published
-from tests.e2e.rings import READY_S, Ring, replaced
+from tests.e2e.rings import READY_S, Ring, going, replaced
 
 
 def image_of(pod: Json) -> str:
@@ -48,13 +48,20 @@ async def scaled(ring: Ring, replicas: int, *, within_s: float = READY_S) -> Non
     assert len(await ring.pods("shard")) == replicas
 
 
-async def upgraded(ring: Ring, version: str, *, strategy: Literal["Handover", "InPlace"] = "Handover", within_s: float = READY_S) -> None:
-    """Another version for 3 shards, one after the other, then for 2 gateways."""
+async def upgraded(
+    ring: Ring, version: str, *, strategy: Literal["Handover", "InPlace"] = "Handover", within_s: float = READY_S
+) -> None:
+    """Another version for 3 shards, one after the other, then for 2 gateways; those of before have sent all away."""
     update = {} if strategy == "Handover" else {"update": {"strategy": strategy}}  # what is the default goes unsaid
     await ring.apply({"version": version, "replicas": 3, **update})
     await ring.ready(timeout_s=within_s)
     assert await images_of(ring, "shard") == [published("shard", version)] * 3
     assert await images_of(ring, "gateway") == [published("gateway", version)] * 2
+
+    async def alone() -> bool:
+        return not any(map(going, await listed(ring.namespace, "pods", f"fleetlm.io/ring={ring.name}")))
+
+    await until("gateways of before are gone", alone, timeout_s=within_s)
     if strategy == "Handover":
         assert await shares(ring) == {f"shard-{number}" for number in range(3)}
 

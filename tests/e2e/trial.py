@@ -64,12 +64,12 @@ async def restart(ring: Ring, traffic: Traffic) -> None:
 
 async def upgrade(ring: Ring, traffic: Traffic) -> None:
     """Shards on their volumes, then gateways."""
-    await operations.upgraded(ring, await _other_version(ring), within_s=STEP_S_MAX)
+    await operations.upgraded(ring, await _other_version(ring), strategy="InPlace", within_s=STEP_S_MAX)
 
 
 async def handover(ring: Ring, traffic: Traffic) -> None:
     """Shards after they gave their slots away, then gateways."""
-    await operations.upgraded(ring, await _other_version(ring), strategy="Handover", within_s=STEP_S_MAX)
+    await operations.upgraded(ring, await _other_version(ring), within_s=STEP_S_MAX)
 
 
 async def drain(ring: Ring, traffic: Traffic) -> None:
@@ -142,11 +142,12 @@ async def trial_run(ring: Ring, name: str, *, kills: bool, seed: int) -> dict[st
         "fired": [f"{kill.at_s - traffic.begin_s:.1f} s {kill.role} {kill.pod}" for kill in fired],
         "append_ms": append_ms(report.took_s),
         "epochs": await operations.epoch(ring) - began_at,
-        "broken": [*_broken(report), *await _ended_by_themselves(ring)],
+        "broken": [*broken_promises(report), *await _ended_by_themselves(ring)],
     }
 
 
-def _broken(report: Report) -> list[str]:
+def broken_promises(report: Report) -> list[str]:
+    """What clients saw that nobody may see."""
     said = [f"{found.kind} {found.session}: {found.text}" for found in report.violations]
     said += [f"clients were told {code} {count} times" for code, count in report.refused.items()]
     return [*said, f"readers were told {report.gaps} gaps"] if report.gaps else said

@@ -72,6 +72,11 @@ class Report:
     gaps: int = 0
     violations: list[Violation] = field(default_factory=list[Violation])
 
+    def told(self, code: str, *, asked_for: bool = False) -> None:
+        """A client was told a code; `asked_for`: with an append that had `expected_seq`."""
+        if code != "TRY_AGAIN" and not (asked_for and code == "CONFLICT"):
+            self.refused[code] += 1
+
     def as_json(self) -> str:
         """One line of figures."""
         values: dict[str, Any] = {
@@ -191,7 +196,7 @@ class Load:
             except (Lost, Unanswered) as error:
                 again.append(invocation)
                 if isinstance(error, Unanswered):
-                    self._refused("UNANSWERED")
+                    self.report.told("UNANSWERED")
                 raise Lost from None
             if not done:
                 again.append(invocation)
@@ -207,13 +212,8 @@ class Load:
             return False
         if reply["status"] == "ok":
             return True
-        self._refused(reply["response"]["code"])
+        self.report.told(reply["response"]["code"])
         return False
-
-    def _refused(self, code: str, *, asked_for: bool = False) -> None:
-        """A client was told a code."""
-        if code != "TRY_AGAIN" and not (asked_for and code == "CONFLICT"):
-            self.report.refused[code] += 1
 
     def _invoke(self, writer: str, session: str, chance: random.Random) -> Invocation:
         """What to append next: a single, a batch, with `expected_seq`, or one that is acknowledged already."""
@@ -246,7 +246,7 @@ class Load:
         if response["code"] == "TRY_AGAIN":
             return False
         self.history.reject(invocation, response["code"])
-        self._refused(response["code"], asked_for=invocation.expected_seq is not None)
+        self.report.told(response["code"], asked_for=invocation.expected_seq is not None)
         if response["code"] == "CONFLICT":
             self.saw(invocation.session, response["last_seq"])
         return True
@@ -292,12 +292,12 @@ class Load:
                 acks = await joined.append_batch(drafts, expected_seq=invocation.expected_seq)
         except Rejected as refusal:
             self.history.reject(invocation, refusal.code)
-            self._refused(refusal.code, asked_for=invocation.expected_seq is not None)
+            self.report.told(refusal.code, asked_for=invocation.expected_seq is not None)
             if refusal.last_seq is not None:
                 self.saw(invocation.session, refusal.last_seq)
         except (OutcomeUnknown, NotSent) as given_up:
             self.history.unknown(invocation)
-            self._refused(given_up.code)
+            self.report.told(given_up.code)
         else:
             self.history.ack(invocation, [Acked(ack.seq, ack.id, ack.deduped) for ack in acks])
             self.saw(invocation.session, acks[-1].seq)
@@ -326,7 +326,7 @@ class Load:
             elif event == "gap":
                 self.history.gap(streams[session], payload["from_seq"], payload["next_seq"])
             elif event in {"phx_error", "phx_close"}:
-                self._refused(payload.get("code", event))
+                self.report.told(payload.get("code", event))
                 rejoin.set()
 
         rejoin = asyncio.Event()
