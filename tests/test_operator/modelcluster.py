@@ -203,6 +203,11 @@ class ModelCluster:
         self.crashed[number] = container
         self._refresh()
 
+    def mend_pod(self, number: int) -> None:
+        """It serves again, in its pod."""
+        del self.crashed[number]
+        self._refresh()
+
     def evict(self, number: int) -> None:
         """A drain asks a pod to end: its shard serves on until others have its slots, or for HANDOVER at the most."""
         pod = self.pods[number]

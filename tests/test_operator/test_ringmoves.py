@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from fleetlm_common.kubeapi import Object
 from fleetlm_common.kubenames import LEASES
-from fleetlm_operator.observed import is_ready
+from fleetlm_operator.observed import ContainerState, ContainerStatus, Terminated, is_ready
 from fleetlm_operator.resources import PODS
 from fleetlm_operator.ringplan import Apply, Delete, SwapMap
+from fleetlm_operator.rolling import STARTS_AGAIN_MAX
 from tests.test_operator.modelcluster import ModelCluster
 
 STEPS_MAX = 600
@@ -249,6 +250,52 @@ def test_who_waits_for_a_hand_over_is_said() -> None:
     cluster.edit(update={"strategy": "InPlace"})
     at_rest(cluster)
     assert cluster.images() == ["registry.example/fleetlm-shard:2.0.0"] * 3
+
+
+STARTED_AGAIN = ContainerStatus(name="shard", restart_count=1)
+ENDED = ContainerStatus(name="shard", state=ContainerState(terminated=Terminated(exit_code=137)))
+
+
+def pods_gone(cluster: ModelCluster, steps: int) -> list[str]:
+    """Pods that the operator replaces within so many steps, each a second."""
+    done = [action for _ in range(steps) for action in cluster.step()]
+    return [action.name for action in done if isinstance(action, Delete) and action.resource == PODS]
+
+
+@pytest.mark.parametrize("container", [STARTED_AGAIN, ENDED], ids=["runs again", "has ended"])
+def test_a_shard_that_is_killed_while_it_hands_over_starts_once(container: ContainerStatus) -> None:
+    """It would serve within seconds: replaced as it is, its writers would wait for the next pod's start as well."""
+    cluster = settled()
+    cluster.edit(version="2.0.0")
+    moving(cluster)
+    cluster.break_pod(2, container=container)
+    assert pods_gone(cluster, 10) == []
+    assert cluster.verdict is not None
+    assert "SlotsHandedOver" in [block.predicate for block in cluster.verdict.blocks]
+    cluster.mend_pod(2)
+    while "shard-2" in owned(cluster):
+        assert pods_gone(cluster, 1) == []
+    at_rest(cluster)
+    assert cluster.images() == ["registry.example/fleetlm-shard:2.0.0"] * 3
+
+
+def test_a_shard_that_starts_again_and_does_not_serve_is_replaced() -> None:
+    """After STARTS_AGAIN_MAX: what people change must reach it."""
+    cluster = settled()
+    cluster.edit(version="2.0.0")
+    moving(cluster)
+    cluster.break_pod(2, container=STARTED_AGAIN)
+    assert pods_gone(cluster, int(STARTS_AGAIN_MAX.total_seconds()) + 2) == ["demo-shard-2"]
+    at_rest(cluster)
+    assert cluster.images() == ["registry.example/fleetlm-shard:2.0.0"] * 3
+
+
+def test_in_place_a_shard_that_starts_again_is_replaced_at_once() -> None:
+    """Its slots wait for a start of the new template in any case."""
+    cluster = settled({"update": {"strategy": "InPlace"}})
+    cluster.break_pod(2, container=STARTED_AGAIN)
+    cluster.edit(version="2.0.0")
+    assert pods_gone(cluster, 3)[:1] == ["demo-shard-2"]
 
 
 def test_a_single_shard_is_changed_in_place() -> None:

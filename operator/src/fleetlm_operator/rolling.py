@@ -26,6 +26,9 @@ UNSCHEDULABLE_AFTER: Final = timedelta(seconds=15)
 """A pod that no node takes for so long is said to be so; a node or a volume may come within seconds."""
 RESTARTS_SUSPICIOUS: Final = 3
 """A container that was started again so often and is not ready keeps failing."""
+STARTS_AGAIN_MAX: Final = timedelta(seconds=30)
+"""So long a container that ended and runs again is waited for: a start takes seconds, and who replaced it then would
+make its writers wait for a second one."""
 MESSAGE_CHARS_MAX: Final = 300
 """Of a container's last words."""
 
@@ -112,7 +115,10 @@ def roll(seen: Observed, *, template: str, applied: bool) -> Roll:
     number = min(staying, key=lambda each: (is_ready(staying[each]), not is_empty(seen, each), -each))
     candidate = staying[number]
     blocks = _blocks(seen, candidate, template)
-    hands_over = seen.ring.spec.update.strategy == "Handover" and not blocks and can_hand_over(seen, number)
+    handover = seen.ring.spec.update.strategy == "Handover" and not blocks
+    hands_over = handover and can_hand_over(seen, number)
+    if handover and _starts_again(candidate, seen) and not is_empty(seen, number):
+        blocks = (Block("SlotsHandedOver", f"{candidate.metadata.name} starts again and hands its slots over then"),)
     if hands_over and not is_empty(seen, number):
         blocks = (Block("SlotsHandedOver", f"{candidate.metadata.name} hands its slots over first"),)
     sealed = [move for move in _moves(seen) if f"shard-{number}" in (move.source, move.target)]
@@ -165,6 +171,19 @@ def _blocks(seen: Observed, candidate: Pod, template: str) -> tuple[Block, ...]:
     if len(away) >= update.max_unavailable:
         blocks.append(Block("OtherShardsReady", f"{away[0]} is away; {own} must not go as well"))
     return tuple(blocks)
+
+
+def _starts_again(pod: Pod, seen: Observed) -> bool:
+    """Its container ended a moment ago and comes back: it serves within seconds, and can then hand over.
+
+    In a ring of one shard nobody could take its slots.
+    """
+    if is_ready(pod) or seen.ring.spec.replicas == 1 or seen.now - _since(pod, seen.now) > STARTS_AGAIN_MAX:
+        return False
+    return any(
+        container.state.waiting is None and (container.restart_count > 0 or container.state.terminated is not None)
+        for container in pod.status.container_statuses
+    )
 
 
 def _is_broken(pod: Pod, seen: Observed) -> bool:
