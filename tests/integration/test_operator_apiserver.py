@@ -126,9 +126,10 @@ async def test_roll_bad_image_and_change_of_mind(world: World) -> None:
         assert nodes.unready_at_once == 1
 
 
-async def test_two_operators_at_once_do_no_harm(world: World) -> None:
-    """Both lead (different Leases): one map, one credential, never two shards away."""
-    await world.make()
+@pytest.mark.parametrize("strategy", ["InPlace", "Handover"])
+async def test_two_operators_at_once_do_no_harm(world: World, strategy: str) -> None:
+    """Both lead (different Leases): one map, one credential, never two shards away, no move that nobody ends."""
+    await world.make({"update": {"strategy": strategy}})
     await world.operator("one", lease="a")
     await world.operator("two", lease="b")
     async with PlayedNodes(world.api, world.namespace) as nodes:
@@ -140,7 +141,9 @@ async def test_two_operators_at_once_do_no_harm(world: World) -> None:
         assert nodes.unready_at_once == 1
         found = await world.api.get(RING_MAPS, world.namespace, "demo")
         assert found is not None
-        assert found["spec"]["map"]["epoch"] == 1
+        assert not found["spec"]["map"].get("moves")
+        if strategy == "InPlace":
+            assert found["spec"]["map"]["epoch"] == 1, "nothing had to be moved"
 
 
 async def leader(world: World) -> str:
