@@ -16,13 +16,18 @@ ONE = Scope(keys=1, moves=2, aborts=1, crashes=1)
 CALM = Scope(keys=1, moves=2, aborts=1, crashes=0)
 KEYS = Scope(keys=2, moves=1, aborts=0, crashes=1)
 TWO = Scope(keys=1, moves=1, aborts=0, crashes=0, seconds=1)
-STILL = Scope(keys=2, moves=0, aborts=0, crashes=0, seconds=1, conditional=True)
+STILL = Scope(keys=2, moves=0, aborts=0, crashes=0, seconds=1, expected=0)
+ALONE = Scope(keys=1, moves=1, aborts=0, crashes=0, expected=0)
+EMPTY = Scope(keys=2, moves=1, aborts=1, crashes=1, expected=0)
+BEHIND = Scope(keys=2, moves=1, aborts=1, crashes=1, expected=1)
 
 SOUND: dict[str, tuple[Scope, dict[str, Any]]] = {
     "two moves, an abort, a crash": (ONE, {}),
     "two keys": (KEYS, {}),
     "a second container starts, also while the first still boots": (TWO, {}),
     "expected_seq, two containers": (STILL, {}),
+    "expected_seq 0, a move, an abort, a crash": (EMPTY, {}),
+    "expected_seq 1, a move, an abort, a crash": (BEHIND, {}),
     "no look for one's own confirmation: a second lock, the others hold": (ONE, {"marker": False}),
 }
 MISTAKES: dict[str, tuple[Scope, dict[str, Any], str]] = {
@@ -42,6 +47,11 @@ MISTAKES: dict[str, tuple[Scope, dict[str, Any], str]] = {
     "a clean-up that does not look at the map": (CALM, {"clean_keyed": False}, "S1"),
     "a dedupe hit that does not wait": (KEYS, {"dedupe_waits": False}, "S1"),
     "CONFLICT without a look": (STILL, {"conflict_looks": False}, "A2"),
+    "CONFLICT that rests on what is not durable": (EMPTY, {"conflict_looks": False}, "A2"),
+    "expected_seq before dedupe": (STILL, {"dedupe_first": False}, "A2"),
+    "expected_seq when keys stayed behind": (ALONE, {"keys_travel": False}, "A2"),
+    "expected_seq against what is durable only": (STILL, {"expects_queued": False}, "E"),
+    "expected_seq without what a move brought": (EMPTY, {"expects_imported": False}, "E"),
 }
 
 

@@ -11,7 +11,8 @@ SCOPES = {
     "2 keys, 2 moves, a crash": Scope(keys=2, moves=2, aborts=1, crashes=1),
     "2 keys, a second container": Scope(keys=2, moves=1, aborts=0, crashes=0, seconds=1),
     "2 keys, a second container, an abort": Scope(keys=2, moves=1, aborts=1, crashes=0, seconds=1),
-    "expected_seq, a second container": Scope(keys=2, moves=1, aborts=0, crashes=0, seconds=1, conditional=True),
+    "expected_seq, a second container": Scope(keys=2, moves=1, aborts=0, crashes=0, seconds=1, expected=0),
+    "expected_seq, two moves, a crash": Scope(keys=2, moves=2, aborts=0, crashes=1, expected=1),
     "3 shards": Scope(keys=1, moves=2, aborts=1, crashes=1, shards=3),
 }
 

@@ -6,6 +6,7 @@ everything ever shown. A crash keeps any part of what was not synced. A frozen p
 
     S1 seen is a prefix of the durable log of the owner   S3 one seq for a key        S4 one process can acknowledge
     P  what was copied is a prefix of the truth           A2 a refusal stays true     stuck: the goal cannot be reached
+    E  an append with `expected_seq` stands behind just so many messages
 
 Promise: `Rules()` are the product's rules; every field that is changed is a mistake. Must not be done here: gateways'
 queues, streams, files below the level of a log.
@@ -138,18 +139,24 @@ class Rules:
     """A dedupe hit on a record that is not shown yet waits for it."""
     conflict_looks: bool = True
     """CONFLICT is answered after a look, when all it rests on is shown."""
+    dedupe_first: bool = True
+    """A known key is answered as before, whatever it expected."""
+    expects_queued: bool = True
+    """`expected_seq` is compared with everything that has a seq, shown or not."""
+    expects_imported: bool = True
+    """`expected_seq` is compared with what moves brought, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """How much happens; `seconds`: second containers on a volume, `conditional`: key 1 has an `expected_seq` of 0."""
+    """How much happens; `seconds`: second containers on a volume, `expected`: the `expected_seq` of key 1."""
 
     keys: int = 2
     moves: int = 2
     aborts: int = 1
     crashes: int = 1
     seconds: int = 0
-    conditional: bool = False
+    expected: int | None = None
     shards: int = 2
 
 
@@ -192,12 +199,14 @@ class Moves:
     # Properties
 
     def broken(self, state: State) -> str | None:
-        """S1, S3, S4, A2."""
+        """S1, S3, S4, A2, E."""
         seen = plain(state.seen)
         if len(set(seen)) != len(seen):
             return "S3"
         if state.refused & set(seen):
             return "A2"
+        if self._scope.expected is not None and 1 in seen and seen.index(1) != self._scope.expected:
+            return "E"
         volume = state.shards[state.maps[-1].owner].volume
         durable = plain(messages(volume.log[: volume.synced]))
         if durable[: len(seen)] != seen:
@@ -378,9 +387,9 @@ class Moves:
         held = messages(process.log)
         if self._may_append(state, at, process):
             for key in range(1, self._scope.keys + 1):
-                if key in held:
+                if key in held and (self._rules.dedupe_first or not self._conflict(process, key)):
                     yield from self._hits(state, at, index, key)
-                elif key == 1 and self._scope.conditional and held:
+                elif self._conflict(process, key):
                     yield from self._conflicts(state, at, index)
                 else:
                     yield self._append(state, at, index, key, f"appends {key}")
@@ -404,11 +413,28 @@ class Moves:
         log = state.shards[at].processes[index].log
         yield self._seen(state, messages(log[: log.index(key) + 1]), f"{at}: answers {key} deduped")
 
+    def _conflict(self, process: Process, key: int) -> bool:
+        """The key expects another last seq."""
+        expected = self._scope.expected
+        return key == 1 and expected is not None and self._last_seq(process) != expected
+
+    def _last_seq(self, process: Process) -> int:
+        """What `expected_seq` is compared with."""
+        log = process.log if self._rules.expects_queued else process.log[: process.shown]
+        last_seq = len(messages(log))
+        if not self._rules.expects_imported:
+            imported = max((at for at, entry in enumerate(log) if _is_of(entry, "Confirmed")), default=0)
+            last_seq -= len(messages(log[:imported]))
+        return last_seq
+
     def _conflicts(self, state: State, at: int, index: int) -> Iterator[Step[State]]:
+        """CONFLICT is for ever once the session has more; before that a retry may find what it expects."""
         shard = state.shards[at]
         process = shard.processes[index]
         sure = process.shown == len(process.log) and self._fenced_in(shard, process)
-        if (sure or not self._rules.conflict_looks) and 1 not in state.refused:
+        assert self._scope.expected is not None
+        behind = self._last_seq(process) < self._scope.expected
+        if (sure or not self._rules.conflict_looks) and not behind and 1 not in state.refused:
             yield Step(f"{at}: refuses 1", state._replace(refused=state.refused | {1}))
 
     def _append(self, state: State, at: int, index: int, entry: Entry, label: str) -> Step[State]:
@@ -521,6 +547,10 @@ def _sealing(ring: Map, at: int) -> int:
 def _last(log: tuple[Entry, ...], kind: str) -> int:
     """The move that the newest mark of that kind names; 0 without one."""
     return next((entry.move for entry in reversed(log) if isinstance(entry, Mark) and entry.kind == kind), 0)
+
+
+def _is_of(entry: Entry, kind: str) -> bool:
+    return isinstance(entry, Mark) and entry.kind == kind
 
 
 def _confirmed(log: tuple[Entry, ...], move: int) -> bool:
