@@ -1,4 +1,4 @@
-"""The rules of docs/moves.md hold in every interleaving of a small scope, and each of them is there for a reason.
+"""The rules of docs/moves.md and docs/archive.md hold in every interleaving of a small scope; each has its reason.
 
 A larger scope by hand: `python -m tests.model`.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.model.archived import Archived, ArchiveRules
 from tests.model.checker import check
 from tests.model.moves import Moves, Rules, Scope
 
@@ -68,3 +69,45 @@ def test_each_rule_is_needed(name: str) -> None:
     """Without the rule there is a counterexample: the model can see the mistake."""
     scope, rules, broken = MISTAKES[name]
     assert check(Moves(scope, Rules(**rules))).broken == broken
+
+
+AWAY = Scope(keys=1, moves=1, aborts=0, crashes=0)
+DYING = Scope(keys=1, moves=1, aborts=0, crashes=1)
+BACK = Scope(keys=1, moves=2, aborts=0, crashes=0)
+ABORTED = Scope(keys=2, moves=1, aborts=1, crashes=0)
+MORE = Scope(keys=2, moves=1, aborts=0, crashes=0)
+ELDER = Scope(keys=2, moves=0, aborts=0, crashes=0, seconds=1)
+
+ARCHIVED: dict[str, tuple[Scope, dict[str, Any]]] = {
+    "a move, a crash": (DYING, {}),
+    "there and back": (BACK, {}),
+    "two keys, a move, an abort": (ABORTED, {}),
+    "an elder archives and trims late": (ELDER, {}),
+    "positions without fence, rows without comparison, an elder: second locks, the others hold": (
+        ELDER,
+        {"position_fenced": False, "compared": False},
+    ),
+}
+ARCHIVE_MISTAKES: dict[str, tuple[Scope, dict[str, Any], str]] = {
+    "an elder archives what was cut": (ELDER, {"archive_looked": False}, "S1"),
+    "what a move brought is not archived at its target": (AWAY, {"archive_imports": False}, "S1"),
+    "the position moves before its rows": (AWAY, {"position_with_rows": False}, "S1"),
+    "a target trims by the source's position": (MORE, {"position_own": False}, "S1"),
+    "retention drops what is not archived": (AWAY, {"trim_archived": False}, "S1"),
+    "the target does not know what the source trimmed": (AWAY, {"holes_travel": False}, "S1"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVED)
+def test_the_rules_of_the_archive_hold(name: str) -> None:
+    """What was shown is in its owner's log or in the archive, one message under a seq, and all of it can come there."""
+    scope, rules = ARCHIVED[name]
+    verdict = check(Archived(scope, ArchiveRules(**rules)))
+    assert verdict.broken is None, "\n".join(verdict.trace)
+
+
+@pytest.mark.parametrize("name", ARCHIVE_MISTAKES)
+def test_each_rule_of_the_archive_is_needed(name: str) -> None:
+    """Without the rule there is a counterexample."""
+    scope, rules, broken = ARCHIVE_MISTAKES[name]
+    assert check(Archived(scope, ArchiveRules(**rules))).broken == broken

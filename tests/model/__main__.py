@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from tests.model.archived import Archived, ArchiveRules
 from tests.model.checker import check
 from tests.model.moves import Moves, Rules, Scope
 
@@ -15,13 +16,20 @@ SCOPES = {
     "expected_seq, two moves, a crash": Scope(keys=2, moves=2, aborts=0, crashes=1, expected=1),
     "3 shards": Scope(keys=1, moves=2, aborts=1, crashes=1, shards=3),
 }
+ARCHIVED = {
+    "archive, two moves, an abort": Scope(keys=1, moves=2, aborts=1, crashes=0),
+    "archive, 2 keys, a crash": Scope(keys=2, moves=1, aborts=0, crashes=1),
+    "archive, a second container": Scope(keys=1, moves=1, aborts=0, crashes=0, seconds=1),
+}
 
 
 def main() -> int:
     """Check each; 1 if one is not sound."""
     failed = 0
-    for name, scope in SCOPES.items():
-        verdict = check(Moves(scope, Rules()))
+    models = {name: Moves(scope, Rules()) for name, scope in SCOPES.items()}
+    models.update((name, Archived(scope, ArchiveRules())) for name, scope in ARCHIVED.items())
+    for name, model in models.items():
+        verdict = check(model)
         failed += verdict.broken is not None
         sys.stdout.write(f"{name}: {verdict.states:,} states, {verdict.broken or 'sound'}\n")
         sys.stdout.writelines(f"    {label}\n" for label in verdict.trace)

@@ -9,12 +9,12 @@ everything ever shown. A crash keeps any part of what was not synced. A frozen p
     E  an append with `expected_seq` stands behind just so many messages
 
 Promise: `Rules()` are the product's rules; every field that is changed is a mistake. Must not be done here: gateways'
-queues, streams, files below the level of a log.
+queues, streams, files below the level of a log, the archive (`archived.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
@@ -24,6 +24,8 @@ SERVING: Final = 3
 """Stages of a boot: 0 started, 1 has its term, 2 has the map, 3 has cut the log."""
 KEYLESS: Final = 100
 """Added to a message that was copied without its key (a mistake)."""
+HOLE: Final = 0
+"""In a log: a seq whose message the source of a move had not any more (`archived.py`)."""
 
 
 class Mark(NamedTuple):
@@ -62,6 +64,8 @@ class Volume(NamedTuple):
     term: int = 0
     writer: int = 0
     stored: int = 0
+    trimmed: int = 0
+    """Below it nothing can be read any more (`archived.py`); the state of the session is kept."""
 
 
 class Process(NamedTuple):
@@ -75,6 +79,10 @@ class Process(NamedTuple):
     shown: int = 0
     sealing: int = 0
     heard: int = 0
+    placed: int = -1
+    """Below it all is archived, as the database said last (`archived.py`); -1 before it said anything."""
+    owed: int = -1
+    """From here its archiver has yet to write what it has said to be written (a mistake)."""
 
 
 class Shard(NamedTuple):
@@ -83,6 +91,13 @@ class Shard(NamedTuple):
     volume: Volume
     processes: tuple[Process, ...]
     announced: int = 0
+
+
+class Archive(NamedTuple):
+    """The database: messages by seq (0: none), and of each volume (term, position) of its archiver."""
+
+    rows: tuple[int, ...] = ()
+    positions: tuple[tuple[int, int], ...] = ()
 
 
 class State(NamedTuple):
@@ -97,6 +112,7 @@ class State(NamedTuple):
     aborts: int
     crashes: int
     seconds: int
+    archive: Archive = Archive()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +192,11 @@ def plain(keys: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(key % KEYLESS for key in keys)
 
 
+def agree(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    """No seq has two messages; `HOLE` is none."""
+    return all(left == right or HOLE in (left, right) for left, right in zip(plain(one), plain(two), strict=False))
+
+
 class Moves:
     """The model; see the module.
 
@@ -207,9 +228,7 @@ class Moves:
             return "A2"
         if self._scope.expected is not None and 1 in seen and seen.index(1) != self._scope.expected:
             return "E"
-        volume = state.shards[state.maps[-1].owner].volume
-        durable = plain(messages(volume.log[: volume.synced]))
-        if durable[: len(seen)] != seen:
+        if not self._kept(state, state.shards[state.maps[-1].owner].volume, seen):
             return "S1"
         able = sum(
             self._may_append(state, at, process) and self._fenced_in(shard, process)
@@ -217,6 +236,9 @@ class Moves:
             for process in shard.processes
         )
         return "S4" if able > 1 else None
+
+    def _kept(self, state: State, volume: Volume, seen: tuple[int, ...]) -> bool:
+        return plain(messages(volume.log[: volume.synced]))[: len(seen)] == seen
 
     def goal(self, state: State) -> bool:
         """No move, every append answered, the slot served by a process with the newest map."""
@@ -386,7 +408,7 @@ class Moves:
         process = shard.processes[index]
         held = messages(process.log)
         if self._may_append(state, at, process):
-            for key in range(1, self._scope.keys + 1):
+            for key in self._arriving(state):
                 if key in held and (self._rules.dedupe_first or not self._conflict(process, key)):
                     yield from self._hits(state, at, index, key)
                 elif self._conflict(process, key):
@@ -400,6 +422,10 @@ class Moves:
             yield self._put(state, at, index, process._replace(synced=len(process.log)), volume, "syncs")
         elif self._fenced_in(shard, process) and self._news(state, at, process):
             yield self._show(state, at, index)
+
+    def _arriving(self, state: State) -> Iterable[int]:
+        """Keys of appends that may arrive."""
+        return range(1, self._scope.keys + 1)
 
     def _news(self, state: State, at: int, process: Process) -> bool:
         """Something is synced that was not shown, or was not this shard's to show when it was."""
@@ -450,7 +476,7 @@ class Moves:
         process = shard.processes[index]
         visible = process.log[: process.synced]
         announced = _last(visible, "Confirmed") or shard.announced
-        shown = _replaced(shard.processes, index, process._replace(shown=process.synced))
+        shown = replaced(shard.processes, index, process._replace(shown=process.synced))
         after = _with(state, at, shard._replace(processes=shown, announced=announced))
         if not self._owns(state, at, process):
             return Step(f"{at}: shows {process.synced}", after)
@@ -458,10 +484,9 @@ class Moves:
 
     def _seen(self, state: State, shown: tuple[int, ...], label: str) -> Step[State]:
         seen = state.seen
-        common = min(len(seen), len(shown))
-        if plain(seen[:common]) != plain(shown[:common]):
+        if not agree(seen, shown):
             return Step(label, state, broken="S1")
-        return Step(label, state._replace(seen=shown if len(shown) > len(seen) else seen))
+        return Step(label, state._replace(seen=(*seen, *shown[len(seen) :])))
 
     # Moves
 
@@ -486,26 +511,32 @@ class Moves:
             sees = state.maps[source.epoch].move if source.stage == SERVING else None
             if sees is None or sees.id != move.id or not self._owns(state, move.source, source):
                 continue
-            shown = messages(source.log[: source.shown] if self._rules.copy_shown else source.log)
-            common = min(len(held), len(shown))
-            if plain(held[:common]) != plain(shown[:common]):
+            shown = self._told(state.shards[move.source].volume, source)
+            if not agree(held, shown):
                 yield Step(f"{at}: copies", state, broken="P")
             elif len(held) < len(shown):
                 missing = shown[len(held) :]
                 if not self._rules.keys_travel:
                     missing = tuple(key % KEYLESS + KEYLESS for key in missing)
                 yield self._copy(state, at, index, missing)
-            elif process.heard != move.id and self._said_all(source, move, held):
+            elif process.heard != move.id and self._said_all(state, source, move, held):
                 heard = process._replace(heard=move.id)
                 yield self._put(state, at, index, heard, state.shards[at].volume, f"hears that {len(held)} is all")
         if process.heard == move.id:
             yield from self._confirms(state, at, index, Mark("Confirmed", move.id, process.epoch))
 
-    def _said_all(self, source: Process, move: Move, held: tuple[int, ...]) -> bool:
+    def _told(self, volume: Volume, source: Process) -> tuple[int, ...]:
+        return messages(source.log[: source.shown] if self._rules.copy_shown else source.log)
+
+    def _said_all(self, state: State, source: Process, move: Move, held: tuple[int, ...]) -> bool:
         if not self._rules.seal_before_confirm:
             return True
         sealed = _last(source.log[: source.shown], "Sealed") == move.id and source.sealing == move.id
-        return sealed and len(held) == len(messages(source.log))
+        return sealed and len(held) == self._total(state.shards[move.source].volume, source)
+
+    def _total(self, volume: Volume, source: Process) -> int:
+        """How many messages there are, says a sealed source."""
+        return len(messages(source.log))
 
     def _copy(self, state: State, at: int, index: int, keys: tuple[int, ...]) -> Step[State]:
         step = Step("", state)
@@ -523,19 +554,19 @@ class Moves:
 
     def _put(self, state: State, at: int, index: int, process: Process, volume: Volume, what: str) -> Step[State]:  # noqa: PLR0917  where, who, what
         shard = state.shards[at]
-        processes = _replaced(shard.processes, index, process)
+        processes = replaced(shard.processes, index, process)
         return Step(f"{at}: {what}", _with(state, at, shard._replace(volume=volume, processes=processes)))
 
 
 T = TypeVar("T")
 
 
-def _replaced(items: tuple[T, ...], at: int, item: T) -> tuple[T, ...]:
+def replaced(items: tuple[T, ...], at: int, item: T) -> tuple[T, ...]:
     return (*items[:at], item, *items[at + 1 :])
 
 
 def _with(state: State, at: int, shard: Shard) -> State:
-    return state._replace(shards=_replaced(state.shards, at, shard))
+    return state._replace(shards=replaced(state.shards, at, shard))
 
 
 def _sealing(ring: Map, at: int) -> int:
