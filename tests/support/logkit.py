@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fleetlm_common.ids import ShardName
 from fleetlm_shard.lanes import inline_lanes
 from fleetlm_shard.log import Durable, Log
 from fleetlm_shard.log_types import CheckpointRow, LogConfig, LogStopped, StoredMessage, lost_seqs
@@ -24,11 +25,13 @@ from fleetlm_shard.records import (
     message_json,
 )
 from fleetlm_shard.recovery import LogBoot, LogStart
+from fleetlm_shard.volume_types import Identity, encode_paper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fleetlm_shard.disk import Disk
+    from tests.support.simdisk import SimVolume
 
 SMALL = LogConfig(
     segment_bytes=16 * 1024,
@@ -196,6 +199,16 @@ async def until(ready: Callable[[], bool], *, turns: int = 1_000_000) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError("it never became so")
+
+
+def formatted(volume: SimVolume) -> None:
+    """What `fleetlm verify` asks for beside the log: the paper that says whose volume it is."""
+    disk = volume.process("format")
+    file = disk.create("identity")
+    file.pwrite(encode_paper(Identity(ring_uid="ring-1", shard=ShardName("shard-0"), volume_id="v-1")), 0)
+    file.sync()
+    file.close()
+    disk.sync_folder("")
 
 
 def boot_log(

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fleetlm_common.ids import SessionId, ShardName
+from fleetlm_common.ids import SessionId
 from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.log_types import LogConfig
 from fleetlm_shard.records import CursorMoved, Imported, Message, SessionImported, SlotsReleased
 from fleetlm_shard.verify import verify_disk
-from fleetlm_shard.volume_types import Identity, encode_paper
 from tests.support.faults import Op, fail_at
-from tests.support.logkit import Opened, message, open_log
+from tests.support.logkit import Opened, formatted, message, open_log
 from tests.support.simdisk import WRITES, SimVolume
 
 CONFIG = LogConfig(
@@ -106,12 +105,7 @@ class Story:
 async def begun() -> tuple[SimVolume, Story]:
     """A log in which half is dead: some 20 segments."""
     volume = SimVolume(split_writes=True)
-    disk = volume.process("format")
-    file = disk.create("identity")
-    file.pwrite(encode_paper(Identity(ring_uid="ring-1", shard=ShardName("shard-0"), volume_id="v-1")), 0)
-    file.sync()
-    file.close()
-    disk.sync_folder("")
+    formatted(volume)
     story = Story(await open_log(volume.process("p"), 1, CONFIG))
     await story.fill(60, STAYS, GOES, BACK)
     await story.fill(60, GOES, BACK, seed=2)

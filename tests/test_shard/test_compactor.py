@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fleetlm_common.ids import SessionId, ShardName
+from fleetlm_common.ids import SessionId
 from fleetlm_shard.archive.feed import Places, Segment, read_piece
 from fleetlm_shard.chain import Link, read_span
 from fleetlm_shard.compactor import Candidates
@@ -18,9 +18,8 @@ from fleetlm_shard.log_types import LogStopped
 from fleetlm_shard.records import OF_A_SLOT, Message, RecordType, SessionImported, SlotsReleased
 from fleetlm_shard.recovery import LogBoot
 from fleetlm_shard.verify import verify_disk
-from fleetlm_shard.volume_types import Identity, encode_paper
 from tests.support.faults import Op, fail_at
-from tests.support.logkit import TestFence, message, open_log
+from tests.support.logkit import TestFence, formatted, message, open_log
 from tests.support.simdisk import SimVolume
 from tests.test_shard.test_compaction import BACK, CONFIG, GOES, STAYS, Story, begun, slot_of
 
@@ -80,11 +79,7 @@ def test_releases_that_go_on_do_not_starve_newer_segments() -> None:
 async def moved_away() -> tuple[SimVolume, Story]:
     """The source's side: plain messages, released; ten segments of them, then some of what stays."""
     volume = SimVolume()
-    disk = volume.process("format")
-    file = disk.create("identity")
-    file.pwrite(encode_paper(Identity(ring_uid="ring-1", shard=ShardName("shard-0"), volume_id="v-1")), 0)
-    file.sync()
-    disk.sync_folder("")
+    formatted(volume)
     story = Story(await open_log(volume.process("p"), 1, CONFIG))
     for seq in range(1, 301):
         await story.opened.add(message(GOES, seq, text="x" * 1500))

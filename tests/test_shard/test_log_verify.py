@@ -16,17 +16,12 @@ from fleetlm_shard.segments import TempNames, parse_names
 from fleetlm_shard.verify import VerifyReport, verify, verify_disk
 from fleetlm_shard.volume_types import Identity, encode_paper
 from tests.support.faults import Op
-from tests.support.logkit import SMALL, TestFence, message, open_log
+from tests.support.logkit import SMALL, TestFence, formatted, message, open_log
 from tests.support.simdisk import WRITES, SimVolume
 
 
 async def _fill(volume: SimVolume) -> None:
-    disk = volume.process("format")
-    file = disk.create("identity")
-    file.pwrite(encode_paper(Identity(ring_uid="ring-1", shard=ShardName("shard-0"), volume_id="v-1")), 0)
-    file.sync()
-    file.close()
-    disk.sync_folder("")
+    formatted(volume)
     for term in (1, 2):
         opened = await open_log(volume.process(f"p{term}"), term)
         seqs = opened.last_seqs()
