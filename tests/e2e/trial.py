@@ -24,7 +24,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +43,7 @@ STEP_S_MAX: Final = 240.0
 """One step of an operation (one number of shards, one node, one pod, one whole upgrade) ends within it, kills and a
 busy machine included."""
 NODES: Final = ("node1", "node2", "node3")
+SHARDS_MIN: Final = 3
 SHARDS_MAX: Final = 5
 HERE: Final = "--in-the-clients-network"
 
@@ -164,10 +164,10 @@ async def _ended_by_themselves(ring: Ring) -> list[str]:
 
 async def _volumes(ring: Ring) -> list[str]:
     """Delete the ring and look at what its volumes hold."""
-    folders = {}
-    for ordinal in range(SHARDS_MAX):
-        with suppress(Exception):
-            folders[ordinal] = await volume(ring, ordinal)
+    claims = await listed(ring.namespace, "pvc", f"fleetlm.io/ring={ring.name}")
+    ordinals = sorted(int(claim["metadata"]["name"].rpartition("-")[2]) for claim in claims)
+    assert len(ordinals) >= SHARDS_MIN, f"volumes of shards {ordinals}"
+    folders = {ordinal: await volume(ring, ordinal) / "volume" for ordinal in ordinals}
     await ring.delete()
     await kubectl("wait", "pods", "--all", "-n", ring.namespace, "--for=delete", "--timeout=90s")
     found = {ordinal: (await asyncio.to_thread(verify, folder)).problems for ordinal, folder in folders.items()}
@@ -212,10 +212,7 @@ async def _series(ring: Ring, given: argparse.Namespace, told: Callable[[dict[st
             outcome = await trial_run(ring, name, kills=given.kills, seed=seed)
             told(outcome)
             broken += outcome["broken"]
-    volumes = [] if kind.asked() else await _volumes(ring)
-    for problem in volumes:
-        sys.stdout.write(f"{problem}\n")
-    return broken + volumes
+    return broken if kind.asked() else [*broken, *await _volumes(ring)]
 
 
 def _here(given: argparse.Namespace) -> int:
@@ -243,6 +240,8 @@ def _here(given: argparse.Namespace) -> int:
             sys.stdout.write(f"did not end: {error}\n")
             broken = ["did not end"]
     sys.stdout.write(f"{table(runs)}\n")
+    for promise in broken:
+        sys.stdout.write(f"BROKEN {promise}\n")
     if not os.environ.get(CLUSTER_GOES):
         remove_everything()
     return 1 if broken else 0
