@@ -160,12 +160,8 @@ class MoveFaults:
     def _younger(self, move: Move) -> None:
         """Another container of source or target boots while the first one stands still, which then goes on."""
         shard = self._one(move)
-        elder = shard.process
-        if elder is None or elder.state != "running" or shard.crowded:
-            return
-        elder.freeze()
-        self._later(self._rng.choice((0.3, 2.0)) + self._rng.choice((0, shard.takeover_s)), elder.thaw)
-        shard.start_younger()
+        rng = self._rng
+        shard.overtake(lambda: (rng.choice((0.3, 2.0)) + rng.choice((0, shard.takeover_s))) * rng.uniform(0.7, 1.3))
 
     def _late_elder(self, move: Move) -> None:
         """It stands still inside a batch: the drive lets a younger one boot meanwhile."""

@@ -265,6 +265,15 @@ class ShardNode(Node):
         """More processes on the volume would only wait for each other."""
         return sum(not process.dead for process in self.drive.processes.values()) > YOUNGER_MAX
 
+    def overtake(self, thaw_after_s: Callable[[], float]) -> None:
+        """Another container boots while the first one stands still, which goes on after so long."""
+        elder = self.process
+        if elder is None or elder.state != "running" or self.crowded:
+            return
+        elder.freeze()
+        self.world.later(thaw_after_s(), elder.thaw)
+        self.start_younger()
+
     def start_younger(self) -> None:
         """A second container on the same volume, while the first is frozen (or not)."""
         if not self.stopped:

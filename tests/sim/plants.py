@@ -226,8 +226,8 @@ PLANTS: Final = (
     Plant(
         "a compaction takes what came back, too",
         "fleetlm_shard/compaction.py",
-        "(kind in OF_A_SLOT and pos < self._released.get(slot, 0))\n",
-        "(kind in OF_A_SLOT and slot in self._released)\n",
+        "(kind in OF_A_SLOT and pos < released.get(slot, 0))\n",
+        "(kind in OF_A_SLOT and slot in released)\n",
     ),
     Plant(
         "who is dead for good is not forgotten",

@@ -78,12 +78,7 @@ class Rest:
 
     def _younger(self, shard: ShardNode) -> None:
         """Another container boots while the first one stands still, which then goes on."""
-        elder = shard.process
-        if elder is None or elder.state != "running" or shard.crowded:
-            return
-        elder.freeze()
-        self._world.later(shard.takeover_s * self._rng.uniform(0.3, 1.5), elder.thaw)
-        shard.start_younger()
+        shard.overtake(lambda: shard.takeover_s * self._rng.uniform(0.3, 1.5))
 
     def _full(self, shard: ShardNode) -> None:
         volume = shard.drive.volume

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import msgspec
 
-from fleetlm_common.control import Forgotten, MoveProgress, Pin, RingSpec, ShardEndpoint, View
+from fleetlm_common.control import Forgotten, MoveProgress, Pin, RingSpec, ShardEndpoint, View, shard_names
 from fleetlm_common.ids import Epoch, ShardName, Term
 from fleetlm_common.ring import RingMap
 from fleetlm_operator.mapsteps import Begin
 from fleetlm_operator.memory import NO_MEMORY, Memory
-from fleetlm_operator.planning import Decision, plan, shard_names
+from fleetlm_operator.planning import Decision, plan
 
 
 class PlayedShard:

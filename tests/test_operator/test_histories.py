@@ -11,10 +11,9 @@ from collections.abc import Callable
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fleetlm_common.control import Forgotten, Pin
+from fleetlm_common.control import Forgotten, Pin, shard_names
 from fleetlm_common.ids import ShardName, Slot
 from fleetlm_operator.memory import BACKOFF_MAX_S
-from fleetlm_operator.planning import shard_names
 from tests.test_operator.playedring import PlayedController, PlayedRing
 from tests.test_operator.test_moving import name, step, the_map
 

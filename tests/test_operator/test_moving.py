@@ -8,13 +8,13 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from fleetlm_common.control import Pin
+from fleetlm_common.control import Pin, shard_names
 from fleetlm_common.ids import ShardName, Slot
 from fleetlm_common.ring import RingMap
 from fleetlm_operator import moving
 from fleetlm_operator.mapsteps import Begin, Commit, after
 from fleetlm_operator.memory import BACKOFF_MAX_S
-from fleetlm_operator.planning import JOIN_WAIT_S, shard_names
+from fleetlm_operator.planning import JOIN_WAIT_S
 from tests.test_operator.playedring import PlayedController, PlayedRing
 
 

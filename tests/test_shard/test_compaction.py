@@ -121,6 +121,14 @@ def whole(volume: SimVolume) -> None:
     assert report.ok, report.problems
 
 
+def erase(volume: SimVolume, suffix: str) -> None:
+    """Every file of a kind is lost."""
+    disk = volume.process("eraser")
+    for path in volume.paths():
+        if path.endswith(suffix):
+            disk.unlink(path)
+
+
 async def test_what_counts_stays_and_what_does_not_is_given_back() -> None:
     """Half of the log was released: that much is given back, all else is read as before, by the next process too."""
     volume, story = await begun()
@@ -214,10 +222,7 @@ async def test_an_index_that_is_lost_is_built_again_from_a_compacted_segment() -
     await story.checkpoints()
     assert await story.compact() > 0
     await story.opened.close()
-    disk = volume.process("eraser")
-    for path in volume.paths():
-        if path.endswith(".idx"):
-            disk.unlink(path)
+    erase(volume, ".idx")
     again = await open_log(volume.process("q"), 2, CONFIG)
     assert not again.boot.damage
     await story.is_whole(again)
@@ -230,10 +235,7 @@ async def test_a_boot_without_checkpoints_reads_a_compacted_log() -> None:
     assert await story.compact() > 0
     wanted = {name: messages[-1].seq for name, messages in story.live.items() if messages}
     await story.opened.close()
-    disk = volume.process("eraser")
-    for path in volume.paths():
-        if path.endswith(".ckpt"):
-            disk.unlink(path)
+    erase(volume, ".ckpt")
     again = await open_log(volume.process("q"), 2, CONFIG)
     assert not again.boot.damage
     assert {name: again.last_seqs()[name] for name in wanted} == wanted

@@ -21,7 +21,7 @@ from fleetlm_shard.verify import verify_disk
 from tests.support.faults import Op, fail_at
 from tests.support.logkit import TestFence, formatted, message, open_log
 from tests.support.simdisk import SimVolume
-from tests.test_shard.test_compaction import BACK, CONFIG, GOES, STAYS, Story, begun, slot_of
+from tests.test_shard.test_compaction import BACK, CONFIG, GOES, STAYS, Story, begun, erase, slot_of
 
 
 def _idle() -> None: ...
@@ -123,10 +123,7 @@ async def test_verify_says_nothing_false_of_a_compaction(moment: str) -> None:
         report = verify_disk(stale.process("verify"), "", progress=lambda number, _all: reading.append(number))
         assert not compacted, "it came in between"
     else:
-        disk = volume.process("eraser")
-        for path in volume.paths():
-            if path.endswith(".ckpt"):
-                disk.unlink(path)
+        erase(volume, ".ckpt")
         report = verify_disk(volume.copy().process("verify"), "", progress=lambda _a, _b: None)
     assert report.ok, report.problems[:3]
 

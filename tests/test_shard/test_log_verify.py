@@ -12,7 +12,7 @@ from fleetlm_shard.chain import index_of, read_chain, read_span
 from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.housekeeping import write_index
 from fleetlm_shard.segment_index import MemoryIndex
-from fleetlm_shard.segments import TempNames, parse_names
+from fleetlm_shard.segments import IndexId, TempNames, index_path, parse_names
 from fleetlm_shard.verify import VerifyReport, verify, verify_disk
 from fleetlm_shard.volume_types import Identity, encode_paper
 from tests.support.faults import Op
@@ -120,7 +120,7 @@ def test_an_index_that_does_not_agree_with_its_segment_is_a_problem(filled: SimV
         for run in right.runs(session):
             for seq, pos in enumerate(run[1:], run[0]):
                 wrong.add(session, seq, pos + (session == "b"))
-    path = write_index(disk, TempNames(9), link, wrong, made_in=9, pause=lambda: None)
+    path = write_index(disk, TempNames(9), link, wrong, path=index_path(IndexId(link.id, 9)), pause=lambda: None)
     report = _check(volume)
     assert [problem.path for problem in report.problems] == [path]
     assert "'b'" in report.problems[0].what

@@ -16,7 +16,7 @@ from fleetlm_cli.archivechoice import POSTGRES_FOLDER, ArchiveChoice
 from fleetlm_cli.ports import HOST
 from fleetlm_cli.supervisor import ChildSpec
 from fleetlm_cli.upfile import Up, UpProcess
-from fleetlm_common.control import RingSpec
+from fleetlm_common.control import RingSpec, shard_names
 from fleetlm_common.ring import RingMap
 
 CONTROLLER: Final = "controller"
@@ -91,7 +91,7 @@ def gateway_names(count: int) -> list[str]:
 
 def shards_to_run(spec: RingSpec, ring_map: RingMap | None) -> tuple[str, ...]:
     """Shards that are asked for, and members that have not left yet, in the ring's order."""
-    names = [f"shard-{ordinal}" for ordinal in range(spec.shards)]
+    names = shard_names(spec)
     members = [] if ring_map is None else [member.name for member in ring_map.members]
     return (*names, *(name for name in members if name not in names))
 

@@ -18,7 +18,7 @@ from fleetlm_cli.asking import ask, is_steady, wait_until
 from fleetlm_cli.exits import Exit, Failure
 from fleetlm_cli.show import Printer
 from fleetlm_cli.target import DATA_DEFAULT, DataOption, JsonOption
-from fleetlm_common.control import Pin, RingSpec, View
+from fleetlm_common.control import Pin, RingSpec, View, shard_names
 from fleetlm_common.filecontrol import Status
 from fleetlm_common.ids import ShardName, Slot
 
@@ -68,7 +68,7 @@ def _check(spec: RingSpec, slots: list[int], to: str | None) -> None:
     """Refuse what this ring cannot be asked for."""
     if slots[-1] >= spec.slots:
         raise Failure(f"there is no slot {slots[-1]}; the ring has 0 to {spec.slots - 1}", status=Exit.USAGE)
-    names = [f"shard-{ordinal}" for ordinal in range(spec.shards)]
+    names = shard_names(spec)
     if to is not None and to not in names:
         raise Failure(f"there is no shard {to!r}; there are {', '.join(names)}", status=Exit.USAGE)
     if to is not None and to in spec.cordoned:

@@ -86,6 +86,11 @@ class MoveProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The same in words, for people."""
 
 
+def shard_names(spec: RingSpec) -> list[ShardName]:
+    """The shards that were asked for, in the ring's order."""
+    return [ShardName(f"shard-{ordinal}") for ordinal in range(spec.shards)]
+
+
 class ShardEndpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a shard is and which volume it holds; said by the shard itself after it took its volume."""
 

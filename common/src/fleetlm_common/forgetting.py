@@ -11,14 +11,14 @@ again while the word stands, and another volume is not meant. Must not be done h
 
 from __future__ import annotations
 
-from fleetlm_common.control import Forgotten, View
+from fleetlm_common.control import Forgotten, View, shard_names
 from fleetlm_common.ids import ShardName
 from fleetlm_common.ring import RingMap
 
 
 def is_asked_for(view: View, shard: ShardName) -> bool:
     """Whether people want this shard in the ring."""
-    return shard in {f"shard-{ordinal}" for ordinal in range(view.spec.shards)}
+    return shard in shard_names(view.spec)
 
 
 def is_stale(view: View, word: Forgotten) -> bool:

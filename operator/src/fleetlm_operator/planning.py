@@ -20,7 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from fleetlm_common.control import RingSpec, ShardEndpoint, View
+from fleetlm_common.control import RingSpec, ShardEndpoint, View, shard_names
 from fleetlm_common.ids import Epoch, ShardName
 from fleetlm_common.ring import SHARDS_MAX, Member, RingMap, ranges_from
 from fleetlm_common.slots import SLOTS_MAX, SLOTS_MIN
@@ -100,11 +100,6 @@ def serves_nothing(view: View, current: RingMap, name: ShardName) -> bool:
         and endpoint.serves == 0
         and endpoint.epoch >= max(found.epoch for found in current.ranges)
     )
-
-
-def shard_names(spec: RingSpec) -> list[ShardName]:
-    """The shards that were asked for, in the ring's order."""
-    return [ShardName(f"shard-{ordinal}") for ordinal in range(spec.shards)]
 
 
 def volumes_lost(view: View) -> dict[ShardName, ShardEndpoint]:

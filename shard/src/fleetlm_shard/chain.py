@@ -116,6 +116,18 @@ def read_span(disk: Disk, link: Link, start_pos: int, end_pos: int) -> Span:
         file.close()
 
 
+def stored_bytes(disk: Disk, link: Link) -> int:
+    """What a segment's file takes; 0 if it has gone."""
+    try:
+        file = disk.open(link.path)
+    except FileNotFoundError:
+        return 0
+    try:
+        return file.stored_bytes()
+    finally:
+        file.close()
+
+
 def _indexes_of(listing: Listing, each: SegmentId) -> list[str]:
     return [index_path(own) for own in reversed(listing.indexes) if own.segment == each]
 

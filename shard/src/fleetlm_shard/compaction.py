@@ -23,13 +23,13 @@ from crc32c import crc32c
 from fleetlm_common import limits
 from fleetlm_common.ids import SessionId
 from fleetlm_shard import framing
-from fleetlm_shard.chain import add_frames, read_span
+from fleetlm_shard.chain import add_frames, read_span, stored_bytes
 from fleetlm_shard.framing import BATCH_FRAME_BYTES, FRAME_BYTES, FRAME_START, HEADER_BYTES, UNCHECKED_BYTES, Batch
 from fleetlm_shard.housekeeping import write_index
 from fleetlm_shard.log_types import BATCH_BYTES_MAX
-from fleetlm_shard.records import OF_A_SLOT, VOID_TAIL
+from fleetlm_shard.records import OF_A_SLOT, VOID_TAIL, RecordType
 from fleetlm_shard.segment_index import MemoryIndex, decode_runs
-from fleetlm_shard.segments import LOG_FOLDER, discard
+from fleetlm_shard.segments import discard, publish_over
 from fleetlm_shard.table import KIND_INDEX, Table, TableDamaged
 
 if TYPE_CHECKING:
@@ -114,24 +114,24 @@ def compact_segment(task: Task) -> Compacted | None:
         OSError: the disk refuses. What is there says the same as before.
         Exception: whatever the fence raises.
     """
-    link, stored_bytes = task.link, _stored(task.disk, task.link.path)
+    link, before_bytes = task.link, stored_bytes(task.disk, task.link)
     pages = _pages_alive(task)
-    if pages is None or (stored_bytes - pages * PAGE_BYTES) * WORTH < link.header.size:
+    if pages is None or (before_bytes - pages * PAGE_BYTES) * WORTH < link.header.size:
         return None
     rewriting = _rewritten(task)
     if rewriting is None:
         return None
     pieces = rewriting.pieces()
     needed_bytes = _pages(pieces) * PAGE_BYTES
-    if (stored_bytes - needed_bytes) * WORTH < link.header.size:
+    if (before_bytes - needed_bytes) * WORTH < link.header.size:
         return None
     _check_room(task, needed_bytes)
     _write(task, pieces)
     # An index that still names what is gone does no harm, should it stay: nobody asks for it.
     index = rewriting.index
     task.look()
-    write_index(task.disk, task.temps, link, index, path=task.index_path, pause=task.pause)
-    return Compacted(_stored(task.disk, link.path), index.messages, index.inserted_at_us_max)
+    write_index(task.disk, task.temps, link, index, path=task.index_path, publish=publish_over, pause=task.pause)
+    return Compacted(stored_bytes(task.disk, link), index.messages, index.inserted_at_us_max)
 
 
 def _check_room(task: Task, needed_bytes: int) -> None:
@@ -190,6 +190,12 @@ def _rewritten(task: Task) -> _Rewriting | None:
     return rewriting if span.whole and end_pos == link.end_pos else None
 
 
+def is_dead(frame: Frame, released: Mapping[int, int]) -> bool:
+    """Whether a frame does not count any more, or is what a compaction put in the place of such."""
+    pos, kind, slot, _, _ = frame
+    return kind == RecordType.VOID or (kind in OF_A_SLOT and pos < released.get(slot, 0))
+
+
 class _Rewriting:
     """The pieces of the new file, batch by batch: (offset in the file, bytes), ascending."""
 
@@ -205,7 +211,7 @@ class _Rewriting:
 
     def take(self, batch: Batch) -> None:
         """The next batch."""
-        live = [frame for frame in batch.frames if not self._is_dead(frame)]
+        live = [frame for frame in batch.frames if not is_dead(frame, self._released)]
         if live:
             self._end_dead()
             self._take_live(batch, live)
@@ -215,10 +221,6 @@ class _Rewriting:
             # Nobody who reads a batch at a time needs more room than before.
             self._end_dead()
         self._dead.append(batch)
-
-    def _is_dead(self, frame: Frame) -> bool:
-        pos, kind, slot, _, _ = frame
-        return kind == VOID_TAIL[0] or (kind in OF_A_SLOT and pos < self._released.get(slot, 0))
 
     def _take_live(self, batch: Batch, live: list[Frame]) -> None:
         """The batch with its live frames where they are, and a VOID for each run of the others."""
@@ -301,14 +303,6 @@ def _pages(pieces: Iterable[tuple[int, bytes | memoryview]]) -> int:
     return count
 
 
-def _stored(disk: Disk, path: str) -> int:
-    file = disk.open(path)
-    try:
-        return file.stored_bytes()
-    finally:
-        file.close()
-
-
 def _write(task: Task, pieces: list[tuple[int, bytes | memoryview]]) -> None:
     """Write the file, sync it, give it the segment's name."""
     disk, link, temp = task.disk, task.link, task.temps.next()
@@ -321,12 +315,11 @@ def _write(task: Task, pieces: list[tuple[int, bytes | memoryview]]) -> None:
             file.pwrite(b"\0", link.header.size - 1)
         file.sync()
         task.look()
-        disk.replace(temp, link.path)
+        publish_over(disk, temp, link.path)
     except Exception:
         discard(disk, file, temp)
         raise
     file.close()
-    disk.sync_folder(LOG_FOLDER)
 
 
 assert len(VOID_TAIL) + UNCHECKED_BYTES == FRAME_BYTES

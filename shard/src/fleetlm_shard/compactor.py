@@ -63,24 +63,6 @@ class Candidates:
         self._looked.pop(link.id, None)
 
 
-def waits(links: Sequence[Link], released: Mapping[int, int], kept: KeptCheckpoints, *, keys_from_pos: int) -> bool:
-    """Whether newer checkpoints would let more segments be looked at.
-
-    Args:
-        links: sealed, ascending.
-        released: slot → position of its newest RELEASED.
-        kept: the checkpoints.
-        keys_from_pos: no new checkpoint would let anything beyond be looked at.
-    """
-    newest_pos, known_pos = max(released.values(), default=0), max(kept.released().values(), default=0)
-    limit_pos = kept.limit_pos()
-    return any(
-        link.header.base_pos < newest_pos and link.end_pos <= keys_from_pos
-        for link in links
-        if link.end_pos > limit_pos or known_pos < newest_pos
-    )
-
-
 class Compactor:
     """Writes segments anew, one a call.
 
@@ -133,8 +115,8 @@ class Compactor:
         if link is None:
             return None
         # After the checkpoints that it rests on: who is younger than this look begins with them.
-        await self._looked()
         self._gives_way = False
+        await self._looked()
         if link.index_path is None:
             return None
         begins(link)
@@ -159,6 +141,23 @@ class Compactor:
             self._candidates.again(link)
             raise
         return None if made is None else (link, made)
+
+    def waits(self, links: Sequence[Link], released: Mapping[int, int], *, keys_from_pos: int) -> bool:
+        """Whether newer checkpoints would let more segments be looked at.
+
+        Args:
+            links: sealed, ascending.
+            released: slot → position of its newest RELEASED.
+            keys_from_pos: no new checkpoint would let anything beyond be looked at.
+        """
+        kept = self._kept
+        newest_pos, known_pos = max(released.values(), default=0), max(kept.released().values(), default=0)
+        limit_pos = kept.limit_pos()
+        return any(
+            link.header.base_pos < newest_pos and link.end_pos <= keys_from_pos
+            for link in links
+            if link.end_pos > limit_pos or known_pos < newest_pos
+        )
 
     def give_way(self) -> None:
         """Something else needs the background lane: what is under way ends at its next pause."""

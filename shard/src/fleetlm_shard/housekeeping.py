@@ -13,7 +13,6 @@ import msgspec
 from fleetlm_shard.segment_index import IndexMeta
 from fleetlm_shard.segments import (
     LOG_FOLDER,
-    IndexId,
     discard,
     index_path,
     parse_names,
@@ -37,13 +36,13 @@ def write_index(
     link: Link,
     index: MemoryIndex,
     *,
+    path: str,
+    publish: Callable[[Disk, str, str], None] = publish,
     pause: Callable[[], None],
-    made_in: int = 0,
-    path: str | None = None,
 ) -> str:
-    """Write a sealed segment's index, in place of the one at `path` or as one of term `made_in`; returns its path.
+    """Write a sealed segment's index; durable when it returns. Returns its path.
 
-    Durable when it returns.
+    `publish` gives it its name: a new one, or that of the index in whose place it comes.
     """
     temp = temps.next()
     file = disk.create(temp)
@@ -54,17 +53,11 @@ def write_index(
         meta = IndexMeta(link.header, link.end_pos, index.messages, index.inserted_at_us_max)
         builder.finish(msgspec.json.encode(meta))
         file.sync()
-        if path is not None:
-            disk.replace(temp, path)
+        publish(disk, temp, path)
     except Exception:  # also that of `pause`
         discard(disk, file, temp)
         raise
     file.close()
-    if path is not None:
-        disk.sync_folder(LOG_FOLDER)
-        return path
-    path = index_path(IndexId(link.id, made_in))
-    publish(disk, temp, path)
     return path
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from fleetlm_shard.appender import Appender, Durable
 from fleetlm_shard.chain import messages_from
 from fleetlm_shard.checkpoints import KeptCheckpoints, StoredMeta, write_checkpoint
-from fleetlm_shard.compactor import Compactor, waits
+from fleetlm_shard.compactor import Compactor
 from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
@@ -23,7 +23,7 @@ from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, M
 from fleetlm_shard.reader import IndexCache, PageAnswer, PageRequest, find_in_link, read_page
 from fleetlm_shard.records import Imported, Message, SlotsReleased, Trimmed
 from fleetlm_shard.recovery import BOUNDARY_BYTES, merged
-from fleetlm_shard.segments import CheckpointId, SegmentId, checkpoint_path, keep_aside
+from fleetlm_shard.segments import CheckpointId, IndexId, SegmentId, checkpoint_path, index_path, keep_aside
 
 if TYPE_CHECKING:
     import asyncio
@@ -388,8 +388,8 @@ class Log:
         finally:
             self._checkpointing = False
         self._stats.checkpoints += 1
-        doomed = [checkpoint_path(each) for each in self._kept.add(made)]
-        self._lanes.background.submit(lambda: unlink_all(disk, doomed), self._background_done)
+        if doomed := [checkpoint_path(each) for each in self._kept.add(made)]:
+            self._lanes.background.submit(lambda: unlink_all(disk, doomed), self._background_done)
 
     def _boundary(self, pos: int) -> int:
         """The start of the batch at or before `pos` from which a boot can read."""
@@ -407,7 +407,8 @@ class Log:
         if link is None or link.index is None:
             return
         self._sealing = True
-        disk, temps, index, term, pause = self._disk, self._temps, link.index, self._term, self._lanes.pause
+        disk, temps, index, pause = self._disk, self._temps, link.index, self._lanes.pause
+        own_path = index_path(IndexId(link.id, self._term))
 
         def done(path: str | None, error: BaseException | None) -> None:
             self._sealing = False
@@ -421,7 +422,7 @@ class Log:
             link.inserted_at_us_max, link.messages = index.inserted_at_us_max, index.messages
             self._seal_next()
 
-        self._lanes.background.submit(lambda: write_index(disk, temps, link, index, made_in=term, pause=pause), done)
+        self._lanes.background.submit(lambda: write_index(disk, temps, link, index, path=own_path, pause=pause), done)
 
     async def trim(
         self, *, max_bytes: int | None, max_age_s: float | None, now_ms: int, below_pos: int | None = None
@@ -519,7 +520,7 @@ class Log:
 
     def compaction_waits(self, keys_from_pos: int) -> bool:
         """Whether there may be more to compact once there are newer checkpoints, whose keys begin at this position."""
-        return waits(self._sealed, self._released, self._kept, keys_from_pos=keys_from_pos)
+        return self._compactor.waits(self._sealed, self._released, keys_from_pos=keys_from_pos)
 
     # The rest ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from fleetlm_shard import framing, records
-from fleetlm_shard.chain import Link, Span, add_frames, open_index, read_chain, read_span
+from fleetlm_shard.chain import Link, Span, add_frames, open_index, read_chain, read_span, stored_bytes
 from fleetlm_shard.checkpoints import Checkpoint, newest_checkpoint
 from fleetlm_shard.framing import (
     BATCH_FRAME_BYTES,
@@ -416,7 +416,7 @@ class LogBoot:
         for link in sealed:
             if link.index is not None:
                 link.inserted_at_us_max = link.index.inserted_at_us_max
-            link.stored_bytes = self._stored_bytes(link)
+            link.stored_bytes = stored_bytes(self._disk, link)
         self._fence.look()
         return LogStart(
             disk=self._disk,
@@ -436,16 +436,6 @@ class LogBoot:
             strays=self.strays,
             boundaries=[pos for pos in self._boundaries if pos < header.base_pos] + [header.base_pos],
         )
-
-    def _stored_bytes(self, link: Link) -> int:
-        try:
-            file = self._disk.open(link.path)
-        except FileNotFoundError:
-            return 0
-        try:
-            return file.stored_bytes()
-        finally:
-            file.close()
 
     def _first_data(self, seed: int) -> bytes:
         end = self._end

@@ -157,6 +157,12 @@ def publish(disk: Disk, temp: str, path: str) -> None:
     disk.unlink(temp)
 
 
+def publish_over(disk: Disk, temp: str, path: str) -> None:
+    """Give a synced file the name of one that says the same, durably: the only rename of a volume."""
+    disk.replace(temp, path)
+    disk.sync_folder(LOG_FOLDER)
+
+
 def keep_aside(disk: Disk, each: SegmentId) -> None:
     """Hard link a damaged segment to the folder that retention does not touch."""
     disk.mkdir(ASIDE_FOLDER)

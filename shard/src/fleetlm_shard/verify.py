@@ -17,12 +17,12 @@ import msgspec
 from fleetlm_shard import framing, records
 from fleetlm_shard.chain import Chain, Link, add_frames, read_chain, read_span
 from fleetlm_shard.checkpoints import Checkpoint, load_checkpoint
+from fleetlm_shard.compaction import is_dead
 from fleetlm_shard.disk import OsDisk
 from fleetlm_shard.framing import HEADER_BYTES, Hole, UnknownFormat
 from fleetlm_shard.identity import read_identity
 from fleetlm_shard.log_types import LogUnreadable
 from fleetlm_shard.records import (
-    OF_A_SLOT,
     Damaged,
     Imported,
     Message,
@@ -285,16 +285,11 @@ class _Verification:
 
     def _take_frames(self, content: _Content, link: Link, data: bytes, frames: Sequence[Frame]) -> list[Frame]:
         """Those that count."""
-        gone = [frame for frame in frames if self._is_gone(frame)]
+        gone = [frame for frame in frames if is_dead(frame, self._released)]
         content.gone += [(frame[0], link.header.base_pos + frame[4]) for frame in gone]
-        alive = [frame for frame in frames if not self._is_gone(frame)] if gone else list(frames)
+        alive = [frame for frame in frames if not is_dead(frame, self._released)] if gone else list(frames)
         add_frames(content.index, data, alive)
         return alive
-
-    def _is_gone(self, frame: Frame) -> bool:
-        """Whether a compaction made a VOID of it, or may: by the newest checkpoint it does not count any more."""
-        pos, kind, slot, _, _ = frame
-        return kind == RecordType.VOID or (kind in OF_A_SLOT and pos < self._released.get(slot, 0))
 
     def _header(self, link: Link) -> None:
         try:
