@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,10 +63,10 @@ _SEQ: Final = re.compile(rb'"seq":(\d+)')
 
 @dataclass(slots=True)
 class Load:
-    """Appends that were due at a steady rate: when each was due, and how long it took."""
+    """Appends that were due at a steady rate: when each was due, how long it took, and where to."""
 
     fleet: Fleet
-    took: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    took: list[tuple[float, float, str]] = field(default_factory=list[tuple[float, float, str]])
     acked: Counter[str] = field(default_factory=Counter[str])
     running: bool = True
 
@@ -86,13 +86,17 @@ class Load:
             while self.running:
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
                 await joined.append("x" * 200)
-                self.took.append((due_s, time.perf_counter() - due_s))
+                self.took.append((due_s, time.perf_counter() - due_s, session))
                 self.acked[session] += 1
                 due_s += period_s
 
-    def between(self, begin_s: float, end_s: float) -> dict[str, float]:
-        """Milliseconds of what was due in that time."""
-        took = sorted(took for due_s, took in self.took if begin_s <= due_s < end_s)
+    def between(self, begin_s: float, end_s: float, sessions: Container[str] | None = None) -> dict[str, float]:
+        """Milliseconds of what was due in that time, in these sessions if some are named."""
+        took = sorted(
+            took
+            for due_s, took, session in self.took
+            if begin_s <= due_s < end_s and (sessions is None or session in sessions)
+        )
         if not took:
             return {}
         at = {f"p{share}": took[min(len(took) - 1, len(took) * share // 100)] for share in (50, 99)}
@@ -177,7 +181,11 @@ async def case(names: list[str], *, messages: int, size_bytes: int, first: int, 
             "mib": round(brought / 2**20, 1),
             "mib_per_s": round(brought / 2**20 / took_s, 1),
             "us_per_session": round(took_s / len(inside) * 1e6, 1),
-            "append_ms": {"quiet": load.between(quiet_s, began_s), "moving": load.between(began_s, ended_s)},
+            "append_ms": {
+                "quiet": load.between(quiet_s, began_s),
+                "moving": load.between(began_s, ended_s),
+                "moving_staying": load.between(began_s, ended_s, outside[: WRITERS // 2]),
+            },
             "rss_mib": {
                 name: round(benchhost.usage([(name, running.pid(name))])[name].rss_bytes / 2**20)
                 for name in ("shard-0", "shard-1")

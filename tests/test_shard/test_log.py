@@ -22,6 +22,7 @@ from fleetlm_shard.log_types import (
     LogDiskFull,
     LogStopped,
 )
+from fleetlm_shard.reader import Wanted
 from fleetlm_shard.records import CursorMoved, Record, SessionCreated, SlotsOpened
 from fleetlm_shard.recovery import LogBoot
 from tests.support.faults import Op, fail_at
@@ -46,6 +47,31 @@ async def test_what_was_appended_is_read_back_in_pages() -> None:
     beyond = await opened.log.read("s", first_seq=120, limit=10)
     assert (list(beyond.messages), beyond.has_more) == ([], False)
     assert not (await opened.log.read("nobody", first_seq=1, limit=10)).messages
+
+
+@pytest.mark.parametrize(
+    ("limit", "bytes_max"), [(1, 10**6), (7, 10**6), (40, 10**6), (100, 10**6), (100, 1), (100, 900)]
+)
+async def test_pages_of_several_sessions_share_the_limits(limit: int, bytes_max: int) -> None:
+    """Each page is what the session alone would give; only the last may be cut short, what is behind it is not read."""
+    opened = await open_log(SimVolume().process("p"), 1)
+    counts = {"few": 3, "none": 0, "many": 30, "one": 1, "last": 5}
+    for name, count in counts.items():
+        for seq in range(1, count + 1):
+            await opened.add(message(name, seq, text="x" * 20), message(f"other-{name}-{seq}", 1, text="y" * 60))
+    assert opened.log.stats.rotations > 2
+    wanted = [Wanted(name, 2 if name == "few" else 1) for name in counts]
+    pages = await opened.log.read_each(wanted, limit=limit, bytes_max=bytes_max)
+    left, left_bytes = limit, bytes_max
+    for number, (each, page) in enumerate(zip(wanted, pages, strict=False)):
+        alone = await opened.log.read(each.session, first_seq=each.first_seq, limit=left, bytes_max=left_bytes)
+        assert (list(page.messages), page.has_more) == (list(alone.messages), alone.has_more)
+        assert not page.has_more or number == len(pages) - 1
+        left -= len(page.messages)
+        left_bytes -= sum(len(found.json) for found in page.messages)
+        assert number == len(pages) - 1 or min(left, left_bytes) > 0
+    assert pages[0].messages
+    assert len(pages) == len(wanted) or pages[-1].has_more or min(left, left_bytes) <= 0
 
 
 async def test_positions_lead_to_the_records_and_never_come_twice() -> None:

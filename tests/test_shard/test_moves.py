@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
-from fleetlm_common.errors import Moved, TryAgain
+from fleetlm_common import rpc
+from fleetlm_common.errors import Invalid, Moved, TryAgain
 from fleetlm_common.rpc import Kind
 from fleetlm_shard.shard import Shard
 from tests.support.eventually import eventually
@@ -59,6 +61,48 @@ async def test_a_move_takes_everything_along() -> None:
             assert texts(await client.read_all(SESSION)) == [*written, "new"]
             [again] = await client.append(SESSION, written[4])
             assert (again.deduped, again.seq) == (True, 5)
+
+
+async def test_small_sessions_come_together_and_large_ones_in_pages() -> None:
+    """What one request can hold is brought with one; every session is whole, whatever stands beside it."""
+    counts = {session_in(SLOT, number=number): 1 + number % 3 for number in range(60)}
+    large = [session_in(SLOT, number=number) for number in (7, 8, 30)]
+    async with moves_rig() as ring, await ring[0].client() as client:
+        for session, count in counts.items():
+            await fill(client, session, count)
+        for session in large:
+            for number in range(8):
+                await client.append(session, f"{number} " + "x" * 60_000)
+            counts[session] += 8
+        move = await ring.begin([SLOT], 0, 1)
+        await ring.says(move, "Ready")
+        assert ring[1].shard.moves.imported_messages == sum(counts.values())
+        await ring.seal(move)
+        await ring.says(move, "Confirmed")
+        await ring.commit(move)
+        async with await ring[1].client() as there:
+            for session, count in counts.items():
+                assert [each["seq"] for each in await there.read_all(session)] == list(range(1, count + 1))
+
+
+async def test_a_session_that_is_not_in_the_move_is_refused_whoever_stands_beside_it() -> None:
+    """The field is named; nothing of the others is told."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await fill(client, SESSION, 3)
+        await fill(client, OTHER, 1)
+        move = await ring.begin([SLOT], 0, 1)
+        request = rpc.ExportMessages(move.id, ring.map.epoch, SESSION, 0, 10, 1000, [(SESSION, 1), (OTHER, 0)])
+        with pytest.raises(Invalid) as refused:
+            await client.ask(Kind.EXPORT_MESSAGES, request, rpc.ExportedMessages)
+        assert refused.value.field == "session"
+
+
+def test_shards_of_the_version_before_are_understood() -> None:
+    """In an upgrade a source may know nothing of `others`: it answers the first session, and asks for one."""
+    asked = msgspec.msgpack.encode(["m", 1, SESSION, 0, 10, 1000])
+    assert msgspec.msgpack.decode(asked, type=rpc.ExportMessages).others == []
+    told = msgspec.msgpack.encode([[b"body"], [True], False])
+    assert msgspec.msgpack.decode(told, type=rpc.ExportedMessages).others == []
 
 
 async def test_appends_during_copying_are_brought_over() -> None:

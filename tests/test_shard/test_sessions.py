@@ -9,7 +9,7 @@ import pytest
 from fleetlm_common.errors import Invalid
 from fleetlm_common.ids import SessionId, Slot
 from fleetlm_shard.log_types import CheckpointRow, Damage
-from fleetlm_shard.sessions import RING_BYTES_MAX, RING_MESSAGES_MAX, SESSION_BYTES, Sessions
+from fleetlm_shard.sessions import EVICT_HELD_MAX, RING_BYTES_MAX, RING_MESSAGES_MAX, SESSION_BYTES, Sessions
 from tests.support.shardrig import shard_rig
 
 MIB = 1024 * 1024
@@ -73,6 +73,24 @@ def test_the_budget_is_kept_and_changed_sessions_are_not_forgotten() -> None:
     assert len(sessions) < 60
     assert sessions.evicted > 100
     assert all(sessions.get(f"s{number}").seq_durable == 3 for number in range(200))
+
+
+def test_held_sessions_cost_little_and_hide_nobody() -> None:
+    """Before a checkpoint thousands may be held: a call passes a few of them, and gets beyond them in the end."""
+    sessions, rows = make(10 * SESSION_BYTES)
+    for number in range(200):
+        add(sessions, f"held{number}")
+    add(sessions, "free")
+    for _ in range(60):
+        sessions.evict()  # their messages go first
+    rows.stored = {"free": sessions.get("free").row()}
+    sessions.checkpointed([sessions.get("free")], pos=2)
+    calls = 0
+    while not sessions.evicted:
+        sessions.evict()
+        calls += 1
+    assert len(sessions) == 200
+    assert 190 // EVICT_HELD_MAX <= calls <= 200 // EVICT_HELD_MAX + 1
 
 
 def test_a_session_that_changed_during_the_checkpoint_stays_changed() -> None:

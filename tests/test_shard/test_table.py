@@ -42,6 +42,16 @@ def test_every_entry_is_found_and_nothing_else(entries: dict[bytes, bytes], othe
     assert table.get(other) == entries.get(other)
 
 
+@given(st.dictionaries(keys, values, max_size=80), st.data())
+@settings(max_examples=100, deadline=None)
+def test_lookups_in_any_order_find_the_same(entries: dict[bytes, bytes], data: st.DataObject) -> None:
+    """A lookup goes on where the last one stood; that neither hides an entry nor makes one up."""
+    table = build(entries, SimVolume())
+    asked = st.one_of(st.sampled_from(sorted(entries)), keys) if entries else keys
+    for key in data.draw(st.lists(asked, max_size=40)):
+        assert table.get(key) == entries.get(key)
+
+
 @given(st.dictionaries(keys, values, max_size=80), st.dictionaries(keys, values, max_size=40))
 @settings(max_examples=100, deadline=None)
 def test_a_merge_is_an_update(old: dict[bytes, bytes], changed: dict[bytes, bytes]) -> None:

@@ -446,7 +446,10 @@ class Exported(_Payload, frozen=True):
 
 
 class ExportMessages(_Payload, frozen=True):
-    """Messages of a session after seq `after`, as the source's log holds them; up to `limit`, and to `bytes_max`."""
+    """Messages of a session after seq `after`, as the source's log holds them; up to `limit`, and to `bytes_max`.
+
+    `others`: of further sessions, each with its own `after`, if the limits allow; they are for all together.
+    """
 
     move: str
     epoch: int
@@ -454,6 +457,7 @@ class ExportMessages(_Payload, frozen=True):
     after: int
     limit: int
     bytes_max: int
+    others: list[tuple[str, int]] = []
 
 
 class ExportedMessages(_Payload, frozen=True):
@@ -461,11 +465,13 @@ class ExportedMessages(_Payload, frozen=True):
 
     A hole between them, or before the first, is a hole at the source: what was trimmed or damaged there is missing
     from now on. `windowed` says of each whether its key is in the source's window. `more`: there are later ones.
+    `others`: the same of the first of the request's `others`; of those that are missing nothing was looked at.
     """
 
     bodies: list[bytes]
     windowed: list[bool]
     more: bool
+    others: list[ExportedMessages] = []
 
 
 class ExportSealed(_Payload, frozen=True):

@@ -58,7 +58,9 @@ PAGE_BYTES: Final = 256 * 1024
 PAGE_MESSAGES: Final = 500
 """The same, counted."""
 PULLS_MAX: Final = 4
-"""Sessions whose messages are brought over at once."""
+"""Requests for messages under way at once."""
+TOGETHER_MAX: Final = 32
+"""Sessions whose messages are asked for with one request: small ones cost a fraction of a request each."""
 ROUND_S: Final = 0.1
 """Between two rounds, while the map says Copying: a seal then finds little that is missing."""
 READY_S: Final = 0.25
@@ -289,11 +291,12 @@ class Import:
         failed: list[Exception] = []
         self._named.update(state.session for state in states)
         self._behind = len(todo)
+        together = min(TOGETHER_MAX, -(-len(states) // PULLS_MAX))
 
         async def worker() -> None:
             while todo and not failed:
                 try:
-                    await self._session(peer, todo.popleft())
+                    await self._sessions(peer, [todo.popleft() for _ in range(min(together, len(todo)))])
                 except (PeerLost, FleetError, LogDiskFull, GaveUp, _Again) as error:
                     failed.append(error)
                 self._behind = len(todo)
@@ -308,29 +311,57 @@ class Import:
             raise failed[0]
         await self._parts.writes.all_settled()
 
-    async def _session(self, peer: Peer, state: SessionState) -> None:
-        sessions = self._parts.sessions
+    async def _sessions(self, peer: Peer, states: list[SessionState]) -> None:
+        """Bring some sessions to their state: with one request if they are small, page by page if not."""
+        wanted: deque[tuple[SessionState, int]] = deque()
+        for state in states:
+            after = self._last_seq_here(state)
+            if after < state.last_seq:
+                wanted.append((state, after))
+            else:
+                await self._take_state(state)
+        while wanted:
+            (state, after), *others = wanted
+            request = ExportMessages(
+                self.move.id,
+                self._parts.epoch(),
+                state.session,
+                after,
+                PAGE_MESSAGES,
+                PAGE_BYTES,
+                [(each.session, own_after) for each, own_after in others],
+            )
+            page = await peer.ask(Kind.EXPORT_MESSAGES, request, Kind.EXPORTED_MESSAGES, ExportedMessages)
+            for each in (page, *page.others):
+                if not wanted:
+                    raise PeerLost("the source answers more sessions than it was asked for")
+                state, after = wanted.popleft()
+                after, ended = await self._take_page(state, after, each)
+                if not ended:
+                    wanted.appendleft((state, after))
+                    await self._parts.writes.all_settled()
+                    break
+                await self._take_state(state)
+
+    def _last_seq_here(self, state: SessionState) -> int:
         if self._parts.slot_of(SessionId(state.session)) not in self._slots:
             raise PeerLost(f"the source names session {state.session!r}, which is not in the move's slots")
-        session = sessions.get(state.session)
-        after = session.seq_assigned
+        after = self._parts.sessions.get(state.session).seq_assigned
         if after > state.last_seq:
             raise GaveUp(
                 "diverged", f"session {state.session!r} has seq {after} here and {state.last_seq} at the source"
             )
-        while after < state.last_seq:
-            request = ExportMessages(self.move.id, self._parts.epoch(), state.session, after, PAGE_MESSAGES, PAGE_BYTES)
-            page = await peer.ask(Kind.EXPORT_MESSAGES, request, Kind.EXPORTED_MESSAGES, ExportedMessages)
-            for body, windowed in zip(page.bodies, page.windowed, strict=True):
-                record = self._checked(body, state, after, windowed=windowed)
-                if record.seq > state.last_seq:
-                    break
-                await self._append(record)
-                after = record.seq
-            if not page.more:
-                break
-            await self._parts.writes.all_settled()
-        await self._take_state(state)
+        return after
+
+    async def _take_page(self, state: SessionState, after: int, page: ExportedMessages) -> tuple[int, bool]:
+        """Take in what it has up to the state; the last seq here, and whether the session needs no other page."""
+        for body, windowed in zip(page.bodies, page.windowed, strict=True):
+            record = self._checked(body, state, after, windowed=windowed)
+            if record.seq > state.last_seq:
+                return after, True
+            await self._append(record)
+            after = record.seq
+        return after, after >= state.last_seq or not page.more
 
     def _checked(self, body: bytes, state: SessionState, after: int, *, windowed: bool) -> Imported:
         try:

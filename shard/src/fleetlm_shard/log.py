@@ -20,7 +20,7 @@ from fleetlm_shard.framing import BATCH_FRAME_BYTES
 from fleetlm_shard.housekeeping import delete_segments, unlink_all, write_index
 from fleetlm_shard.lanes import run_on
 from fleetlm_shard.log_types import READ_BYTES_MAX, Damage, LogBusy, LogStats, MoveFacts, ReadResult
-from fleetlm_shard.reader import IndexCache, PageAnswer, PageRequest, find_in_link, read_page
+from fleetlm_shard.reader import IndexCache, PageAnswer, PageRequest, Wanted, first_place, read_pages
 from fleetlm_shard.records import Imported, Message, SlotsReleased, Trimmed
 from fleetlm_shard.recovery import BOUNDARY_BYTES, merged
 from fleetlm_shard.segments import CheckpointId, IndexId, SegmentId, checkpoint_path, index_path, keep_aside
@@ -222,41 +222,48 @@ class Log:
         limit: int,
         bytes_max: int = READ_BYTES_MAX,
         from_pos: int = 0,
-        whole: bool = False,
     ) -> ReadResult:
-        """Durable messages of a session from `first_seq` on, ascending, each checked. Cancel-safe.
+        """As `read_each` of one session. Cancel-safe."""
+        return (await self.read_each([Wanted(session, first_seq, from_pos)], limit=limit, bytes_max=bytes_max))[0]
+
+    async def read_each(
+        self, wanted: Sequence[Wanted], *, limit: int, bytes_max: int, whole: bool = False
+    ) -> list[ReadResult]:
+        """Durable messages of sessions, ascending, each checked; of as many as the limits allow. Cancel-safe.
 
         Args:
-            session: its id.
-            first_seq: the first wanted, from 1.
-            limit: most messages.
-            bytes_max: the page ends with the message that reaches this many bytes of JSON.
-            from_pos: what lies below does not count (`released_pos` of its slot).
+            wanted: sessions, and where each page begins; the first is always answered.
+            limit: most messages of all pages. The last page may be cut short (`has_more`), those before it are whole.
+            bytes_max: the pages end with the message that reaches this many bytes of JSON.
             whole: give the bodies of the records instead of the JSON in them.
         """
         while True:
             trim_pos = self.trim_pos
             active = self._appender.active
             assert active.index is not None
-            request = PageRequest(
-                session=session,
-                first_seq=first_seq,
-                limit=limit,
-                bytes_max=min(bytes_max, READ_BYTES_MAX),
-                trim_pos=trim_pos,
-                from_pos=from_pos,
-                whole=whole,
-                active=active,
-                found=active.index.find(session, first_seq, limit, from_pos),
-                links=self._sealed[::-1],
-            )
-            answer = await self._on_reader(partial(read_page, request))
-            if answer.damaged and self.trim_pos != trim_pos:
-                # Retention took the files away under the reader.
-                continue
-            self._stats.reads += 1
-            self._learn(answer)
-            return answer.result
+            links = self._sealed[::-1]
+            requests = [
+                PageRequest(
+                    session=each.session,
+                    first_seq=each.first_seq,
+                    limit=limit,
+                    bytes_max=min(bytes_max, READ_BYTES_MAX),
+                    trim_pos=trim_pos,
+                    from_pos=each.from_pos,
+                    whole=whole,
+                    active=active,
+                    found=active.index.find(each.session, each.first_seq, limit, each.from_pos),
+                    links=links,
+                )
+                for each in wanted
+            ]
+            answers = await self._on_reader(partial(read_pages, requests))
+            if self.trim_pos != trim_pos and any(answer.damaged for answer in answers):
+                continue  # retention took the files away under the reader
+            self._stats.reads += len(answers)
+            for answer in answers:
+                self._learn(answer)
+            return [answer.result for answer in answers]
 
     async def earliest(self, session: str, *, from_pos: int = 0) -> tuple[int, int] | None:
         """Seq and position of the first message of a session that is held from `from_pos` on. Cancel-safe."""
@@ -265,15 +272,7 @@ class Log:
         assert active.index is not None
         found = active.index.find(session, 0, 1, from_pos)
         rebuilt: list[tuple[Link, MemoryIndex]] = []
-
-        def search(cache: IndexCache) -> tuple[int, int] | None:
-            for link in links:
-                place = find_in_link(cache, link, session, first_seq=0, limit=1, rebuilt=rebuilt, from_pos=from_pos)
-                if place is not None:
-                    return place.places[0]
-            return None
-
-        first = await self._on_reader(search)
+        first = await self._on_reader(lambda cache: first_place(cache, links, session, from_pos, rebuilt))
         self._learn(PageAnswer(ReadResult((), (), has_more=False), rebuilt=rebuilt))
         return first or (found.places[0] if found is not None else None)
 

@@ -1,4 +1,4 @@
-"""Reading messages back from segments: one page of one session, each record checked (docs/log.md, "Frames").
+"""Reading messages back from segments: pages of sessions, each record checked (docs/log.md, "Frames").
 
 Place: runs on the log's reader lanes, beside the loop; it works on what the loop gave it and shares nothing with it but
 the disk. Promise: a message is returned only if its checksum, session and seq are right; what is not there is named.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from fleetlm_shard.chain import index_of, read_span
 from fleetlm_shard.framing import FRAME, FRAME_BYTES, HEADER_BYTES, check_frame
@@ -33,6 +33,14 @@ _SINGLE_BYTES: Final = 2048
 
 Places = list[tuple[int, int]]
 """(seq, pos), ascending."""
+
+
+class Wanted(NamedTuple):
+    """Messages of a session from `first_seq` on; nothing below `from_pos` counts (`released_pos` of its slot)."""
+
+    session: str
+    first_seq: int
+    from_pos: int = 0
 
 
 @dataclass(slots=True)
@@ -127,8 +135,60 @@ def find_in_link(
     return index.find(session, first_seq, limit, from_pos) if index is not None else None
 
 
-def read_page(request: PageRequest, cache: IndexCache) -> PageAnswer:
-    """Read one page."""
+def read_pages(requests: Sequence[PageRequest], cache: IndexCache) -> list[PageAnswer]:
+    """Read pages that share the limits of the first request: as many as these allow, at least that of the first."""
+    answers: list[PageAnswer] = []
+    limit, bytes_max = requests[0].limit, requests[0].bytes_max
+    with _Files(cache.disk) as files:
+        for request in requests:
+            request.limit, request.bytes_max = limit, bytes_max
+            answer = _read_page(request, cache, files)
+            answers.append(answer)
+            limit -= len(answer.result.messages)
+            bytes_max -= sum(len(message.json) for message in answer.result.messages)
+            if answer.result.has_more or limit <= 0 or bytes_max <= 0:
+                break
+    return answers
+
+
+def first_place(
+    cache: IndexCache, links: Sequence[Link], session: str, from_pos: int, rebuilt: list[tuple[Link, MemoryIndex]]
+) -> tuple[int, int] | None:
+    """Seq and position of the first message of a session in sealed segments (`links`, oldest first)."""
+    for link in links:
+        place = find_in_link(cache, link, session, first_seq=0, limit=1, rebuilt=rebuilt, from_pos=from_pos)
+        if place is not None:
+            return place.places[0]
+    return None
+
+
+class _Files:
+    """Segments, open for reading until the end of the `with`."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._open: dict[str, File] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def open(self, path: str) -> File:
+        """The file.
+
+        Raises:
+            FileNotFoundError: retention took it.
+        """
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = self._disk.open(path)
+        return file
+
+
+def _read_page(request: PageRequest, cache: IndexCache, files: _Files) -> PageAnswer:
     answer = PageAnswer(ReadResult((), (), has_more=False))
     parts: list[tuple[Link, Places]] = []
     more = False
@@ -155,12 +215,12 @@ def read_page(request: PageRequest, cache: IndexCache) -> PageAnswer:
             from_pos=request.from_pos,
         )
     parts.reverse()
-    answer.result = _fetch(cache.disk, request, parts, more=more, answer=answer)
+    answer.result = _fetch(files, request, parts, more=more, answer=answer)
     return answer
 
 
 def _fetch(
-    disk: Disk, request: PageRequest, parts: list[tuple[Link, Places]], *, more: bool, answer: PageAnswer
+    files: _Files, request: PageRequest, parts: list[tuple[Link, Places]], *, more: bool, answer: PageAnswer
 ) -> ReadResult:
     messages: list[StoredMessage] = []
     missing: list[Missing] = []
@@ -172,7 +232,7 @@ def _fetch(
         if budget <= 0 or taken >= request.limit:
             break
         want = places[: request.limit - taken]
-        for seq, pos, json in _SegmentReader(disk, link, request.session, whole=request.whole).read(want):
+        for seq, pos, json in _SegmentReader(files, link, request.session, whole=request.whole).read(want):
             if budget <= 0:
                 break
             if seq < expected:
@@ -208,8 +268,8 @@ def _joined(missing: list[Missing]) -> list[Missing]:
 class _SegmentReader:
     """Reads places of one segment, near ones together."""
 
-    def __init__(self, disk: Disk, link: Link, session: str, *, whole: bool) -> None:
-        self._disk = disk
+    def __init__(self, files: _Files, link: Link, session: str, *, whole: bool) -> None:
+        self._files = files
         self._link = link
         self._session = session.encode()
         self._whole = whole
@@ -219,17 +279,14 @@ class _SegmentReader:
     def read(self, places: Places) -> list[tuple[int, int, bytes | None]]:
         """(seq, pos, JSON, or the body, or None where it is damaged)."""
         try:
-            file = self._disk.open(self._link.path)
+            file = self._files.open(self._link.path)
         except FileNotFoundError:
             return [(seq, pos, None) for seq, pos in places]
-        try:
-            last = len(places) - 1
-            return [
-                (seq, pos, self._one(file, seq, pos, places[number + 1][1] if number < last else pos))
-                for number, (seq, pos) in enumerate(places)
-            ]
-        finally:
-            file.close()
+        last = len(places) - 1
+        return [
+            (seq, pos, self._one(file, seq, pos, places[number + 1][1] if number < last else pos))
+            for number, (seq, pos) in enumerate(places)
+        ]
 
     def _one(self, file: File, seq: int, pos: int, next_pos: int) -> bytes | None:
         base_pos = self._link.header.base_pos

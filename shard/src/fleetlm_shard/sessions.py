@@ -41,6 +41,8 @@ CURSOR_BYTES: Final = 200
 """What one participant's read cursor costs."""
 EVICT_TRIES_MAX: Final = 64
 """Sessions looked at per call, so that eviction never holds up the loop; the next call goes on."""
+EVICT_HELD_MAX: Final = 8
+"""Sessions in a row that could give nothing: the call ends, for before a checkpoint there may be many thousands."""
 NO_METADATA: Final = b"{}"
 """Metadata of a session that was made by its first append."""
 
@@ -183,6 +185,8 @@ class Sessions:
         self.rows = rows
         self._bytes_max = bytes_max
         self._hot: OrderedDict[str, Session] = OrderedDict()
+        self._of_slot: dict[Slot, dict[str, Session]] = {}
+        """The same by slot: a walk over all of a large shard would hold up the loop at every step of a move."""
         self._changed: dict[str, Session] = {}
         self.watched: dict[Slot, Callable[[Session], None]] = {}
         """Slots of moves whose source is this shard: who hears of each session that changed durably."""
@@ -234,12 +238,21 @@ class Sessions:
         # Make room first: were the new session evicted here, its caller would write to one that nobody finds.
         self.evict()
         self._hot[ident] = session
+        self._of_slot.setdefault(session.slot, {})[ident] = session
         self.bytes += _fixed_bytes(session)
         return session
 
+    def _unload(self, session: Session) -> None:
+        del self._hot[session.id], self._of_slot[session.slot][session.id]
+        self.bytes -= _fixed_bytes(session)
+
     def all_hot(self) -> list[Session]:
-        """Every session in memory, for rare walks (a change of owner)."""
-        return list(self._hot.values())
+        """Every session in memory."""
+        return self.hot_of(self._of_slot)
+
+    def hot_of(self, slots: Iterable[int]) -> list[Session]:
+        """Every session in memory that lies in these slots."""
+        return [session for slot in slots for session in self._of_slot.get(Slot(slot), {}).values()]
 
     def message_durable(self, session: Session, seq: int, pos: int, at_us: int, json: bytes) -> None:
         """A message is on disk and the term was looked at: it becomes visible. By position: once for each message."""
@@ -333,16 +346,15 @@ class Sessions:
         session.ring_bytes = 0
         session.ring.clear()
 
-    def release(self, slots: Container[int]) -> None:
+    def release(self, slots: Iterable[int]) -> None:
         """The record that these slots are released is on disk (or was read): nothing before it counts."""
-        for session in [each for each in self._hot.values() if each.slot in slots]:
+        for session in self.hot_of(slots):
             assert not session.pending, "nobody writes to a slot that is being released"
             self._forget_ring(session)
-            self.bytes -= _fixed_bytes(session)
             if session.changed:
                 session.changed = False
                 del self._changed[session.id]
-            del self._hot[session.id]
+            self._unload(session)
 
     def remember(self, session: Session, messages: Sequence[bytes]) -> None:
         """A reader brought the session's newest messages from the log: keep them for the next one.
@@ -419,16 +431,17 @@ class Sessions:
     def evict(self) -> None:
         """Come down to the budget: the least recently used lose their messages, and leave if nothing holds them."""
         hot = self._hot
+        in_vain = 0
         for _ in range(EVICT_TRIES_MAX):
-            if self.bytes <= self._bytes_max or len(hot) <= 1:
+            if self.bytes <= self._bytes_max or len(hot) <= 1 or in_vain >= EVICT_HELD_MAX:
                 return
             ident, session = next(iter(hot.items()))
+            in_vain = in_vain + 1 if session.held and not session.ring else 0
             self._forget_ring(session)
             if session.held:
                 hot.move_to_end(ident)
             else:
-                del hot[ident]
-                self.bytes -= _fixed_bytes(session)
+                self._unload(session)
                 self.evicted += 1
 
 

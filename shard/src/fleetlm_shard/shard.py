@@ -371,8 +371,7 @@ class Shard:
 
     def _on_released(self, slots: set[Slot]) -> None:
         """Slots that fell silent: their subscriptions end after their last push."""
-        released = [session for session in self.memory.sessions.all_hot() if session.slot in slots]
-        self.subscriptions.end(iter(released), self.ownership.ended)
+        self.subscriptions.end(iter(self.memory.sessions.hot_of(slots)), self.ownership.ended)
 
     async def _names(self, after: str, limit: int) -> list[str]:
         stored = (name for name, _ in islice(self.log.rows(after), limit))

@@ -154,6 +154,8 @@ class Table:
             raise TableDamaged("the directory or the metadata is damaged")
         self._first_keys: list[bytes] = []
         self._blocks: list[tuple[int, int, int, int]] = []
+        self._near: tuple[int, bytes, int, bytes] = (-1, b"", 0, b"")
+        """The block that `get` read last, and where it stood in it, behind which key; set as one, for any thread."""
         self._read_directory(directory, blocks, at)
 
     def _read_directory(self, directory: bytes, blocks: int, end: int) -> None:
@@ -212,11 +214,27 @@ class Table:
         number = bisect_right(self._first_keys, key) - 1
         if number < 0:
             return None
-        for own, value in entries_of(self.block(number)):
+        # Whoever asks in the order of keys asks for more of this block.
+        last, block, at, behind = self._near
+        if number != last:
+            block, at, behind = self.block(number), 0, b""
+            self._near = (number, block, at, behind)
+        if key not in block:
+            return None
+        return self._walk(number, block, at if key > behind else 0, key)
+
+    def _walk(self, number: int, block: bytes, at: int, key: bytes) -> bytes | None:
+        while at < len(block):
+            key_bytes, value_bytes = _ENTRY.unpack_from(block, at)
+            value_at = at + _ENTRY.size + key_bytes
+            own = block[at + _ENTRY.size : value_at]
             if own == key:
-                return value
+                self._near = (number, block, value_at + value_bytes, key)
+                return block[value_at : value_at + value_bytes]
             if own > key:
                 break
+            at = value_at + value_bytes
+        self._near = (number, block, at, key)
         return None
 
     def items(self, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
