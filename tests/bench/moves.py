@@ -12,6 +12,10 @@ and how long appends took (from when each was due) are said beside the same appe
     restart      a shard of 512 MiB is restarted in place, and with hand-over; then the copy is given back
     million      half of the slots, 1,000,000 sessions of one message
 
+`answer_ms` is the source's own word: from queueing to the answer, mean over its batches. With `--apart` the source has
+the first core for itself and everything else the second: what it says then is what exporting costs its appends, and
+not what the target's work on the same machine does.
+
 Promise: what was acknowledged is what the sessions hold afterwards, counted; a socket that misses a message of the
 `subscribers` case, or gets one twice, ends with status 1. Must not be used as a correctness test otherwise.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import re
 import sys
 import tempfile
@@ -147,7 +152,27 @@ async def ring(env: Mapping[str, str] | None = None) -> AsyncGenerator[Fleet]:
             await running.stop()
 
 
-async def case(names: list[str], *, messages: int, size_bytes: int, first: int, last: int) -> dict[str, Any]:
+async def answered(running: Fleet) -> tuple[float, float]:
+    """Seconds and count of the source's answers so far."""
+    found = await running.metrics("shard-0")
+    return found["fleetlm_shard_answer_seconds_sum"], found["fleetlm_shard_answer_seconds_count"]
+
+
+def mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """Of the answers between."""
+    return round((after[0] - before[0]) / max(1.0, after[1] - before[1]) * 1000, 2)
+
+
+def keep_apart(running: Fleet) -> None:
+    """The source on the first core; its ring, and this process, on the second."""
+    for pid, core in [(os.getpid(), 1), *((running.pid(name), int(name != "shard-0")) for name in running.names)]:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), {core})
+
+
+async def case(
+    names: list[str], *, messages: int, size_bytes: int, first: int, last: int, apart: bool
+) -> dict[str, Any]:
     """Fill, append, move slots `first` to `last` while appending, count what is there."""
     async with ring() as running:
         wire = await ShardWire.open(running.data)
@@ -158,16 +183,18 @@ async def case(names: list[str], *, messages: int, size_bytes: int, first: int, 
         inside = [name for name in names if first <= slot(name) <= last]
         outside = [f"stays-{number}" for number in range(10_000) if not first <= slot(f"stays-{number}") <= last]
         sessions = [*inside[: WRITERS // 2], *outside[: WRITERS // 2]]
+        if apart:
+            keep_apart(running)
         writing = asyncio.create_task(load.run(sessions))
         await asyncio.sleep(1.0)
-        quiet_s = time.perf_counter()
+        quiet_s, quiet = time.perf_counter(), await answered(running)
         await asyncio.sleep(QUIET_S)
-        before = await imported(running)
+        before, moving = await imported(running), await answered(running)
         began_s = time.perf_counter()
         rest = tuple(pin(low, high, "shard-0") for low, high in ((0, first - 1), (last + 1, SLOTS - 1)) if low <= high)
         took_s = await moved(running, (*rest, pin(first, last, "shard-1")))
         ended_s = time.perf_counter()
-        after = await imported(running)
+        after, moved_then = await imported(running), await answered(running)
         load.running = False
         await writing
         brought = after[1] - before[1]
@@ -186,6 +213,7 @@ async def case(names: list[str], *, messages: int, size_bytes: int, first: int, 
                 "moving": load.between(began_s, ended_s),
                 "moving_staying": load.between(began_s, ended_s, outside[: WRITERS // 2]),
             },
+            "answer_ms": {"quiet": mean_ms(quiet, moving), "moving": mean_ms(moving, moved_then)},
             "rss_mib": {
                 name: round(benchhost.usage([(name, running.pid(name))])[name].rss_bytes / 2**20)
                 for name in ("shard-0", "shard-1")
@@ -359,7 +387,7 @@ def stored(running: Fleet) -> dict[str, int]:
     }
 
 
-async def run(cases: list[str]) -> dict[str, Any]:
+async def run(cases: list[str], *, apart: bool) -> dict[str, Any]:
     """Each case, said as it ends."""
     reports: dict[str, Any] = {}
 
@@ -371,16 +399,16 @@ async def run(cases: list[str]) -> dict[str, Any]:
     half = {"first": SLOTS // 2, "last": SLOTS - 1}
     if "bytes" in cases:
         names = [f"b-{number}" for number in range(2_000)]
-        say("bytes", await case(names, messages=16, size_bytes=16_000, **half))
+        say("bytes", await case(names, messages=16, size_bytes=16_000, apart=apart, **half))
     if "slot" in cases:
         own = 200
         names = [name for number in range(40_000) if slot(name := f"s-{number}") == own][:64]
-        say("slot", await case(names, messages=1_000, size_bytes=16_700, first=own, last=own))
+        say("slot", await case(names, messages=1_000, size_bytes=16_700, first=own, last=own, apart=apart))
     counts = ([1_000, 10_000, 100_000] if "growth" in cases else []) or ([100_000] if "idle" in cases else [])
     counts += [1_000_000] if "million" in cases else []
     for count in counts:
         names = [f"i-{number}" for number in range(count)]
-        say(f"idle-{count}", await case(names, messages=1, size_bytes=100, **half))
+        say(f"idle-{count}", await case(names, messages=1, size_bytes=100, apart=apart, **half))
     if "subscribers" in cases:
         say("subscribers", await subscribers())
     if "restart" in cases:
@@ -392,11 +420,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="bytes,slot,growth,subscribers,restart")
+    parser.add_argument("--apart", action="store_true", help="the source alone on the first core")
     parser.add_argument("--json", type=Path, help="write everything there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         provenance = benchhost.provenance(Path(folder))
-    reports = asyncio.run(run(arguments.cases.split(",")))
+    reports = asyncio.run(run(arguments.cases.split(","), apart=arguments.apart))
     if arguments.json:
         arguments.json.write_bytes(
             msgspec.json.format(msgspec.json.encode({"provenance": provenance, **reports})) + b"\n"

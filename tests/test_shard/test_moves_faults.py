@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from fleetlm_common import rpc
 from fleetlm_common.errors import TryAgain
+from fleetlm_shard.records import message_body
 from tests.support.eventually import eventually
+from tests.support.logkit import AT_US, message
 from tests.support.movesrig import MovesRig, moves_rig, session_in
 from tests.support.rpcclient import RpcClient, draft
+from tests.support.scriptedsource import ScriptedSource, scripted_source
 from tests.support.shardrig import CONFIG
 from tests.support.simdisk import SimVolume
 from tests.test_shard.test_moves import fill
@@ -216,3 +220,73 @@ async def test_damage_stays_said() -> None:
 async def page(client: RpcClient, session: str) -> rpc.Page:
     """The first page from the beginning."""
     return await client.read(session, after=0, limit=5)
+
+
+# A source that a test plays -------------------------------------------------------------------------------------------
+
+
+def state(session: str, last_seq: int) -> rpc.SessionState:
+    """As a source shows it."""
+    return rpc.SessionState(session, last_seq, 1, AT_US, b"{}", {})
+
+
+def bodies(session: str, first: int, last: int) -> rpc.ExportedMessages:
+    """Messages `first` to `last`."""
+    found = [message_body(message(session, seq)) for seq in range(first, last + 1)]
+    return rpc.ExportedMessages(found, [True] * len(found), more=False)
+
+
+async def test_small_sessions_cost_a_fraction_of_a_request() -> None:
+    """40 sessions of two messages come with five requests, whose parts are told apart by their order."""
+    names = sorted(session_in(SLOT, number=number) for number in range(40))
+
+    def pages(request: rpc.ExportMessages) -> rpc.ExportedMessages:
+        others = [bodies(session, after + 1, 2) for session, after in request.others]
+        return msgspec.structs.replace(bodies(request.session, request.after + 1, 2), others=others)
+
+    script = ScriptedSource([state(name, 2) for name in names], pages)
+    async with moves_rig() as ring, scripted_source(ring, script) as source:
+        move = await ring.begin([SLOT], 0, 1)
+        await ring.says(move, "Ready")
+        assert ring[1].shard.moves.imported_messages == 80
+        assert len(source.asked) == 5
+        assert sorted(name for each in source.asked for name in (each.session, *dict(each.others))) == names
+
+
+async def test_a_source_of_the_version_before_is_asked_for_each_session() -> None:
+    """It answers the first of the sessions that it is asked for; nothing is missing, nothing comes twice."""
+    names = sorted(session_in(SLOT, number=number) for number in range(10))
+    async with moves_rig() as ring:
+        elder = ScriptedSource([state(name, 3) for name in names], lambda request: bodies(request.session, 1, 3))
+        async with scripted_source(ring, elder) as source:
+            move = await ring.begin([SLOT], 0, 1)
+            await ring.says(move, "Ready")
+            assert ring[1].shard.moves.imported_messages == 30
+            assert sorted(each.session for each in source.asked) == names
+
+
+async def test_messages_that_are_beyond_the_state_end_a_session() -> None:
+    """All up to the state is lost at the source, and more than a page came after it: that comes with a round."""
+    async with moves_rig() as ring:
+        grown = ScriptedSource([state(SESSION, 5)], lambda _: msgspec.structs.replace(bodies(SESSION, 6, 9), more=True))
+        async with scripted_source(ring, grown) as source:
+            move = await ring.begin([SLOT], 0, 1)
+            await ring.says(move, "Ready")
+            assert len(source.asked) == 1
+            assert ring[1].shard.moves.imported_messages == 0
+
+
+async def test_a_source_that_answers_more_than_it_was_asked_is_not_believed() -> None:
+    """Whose messages would they be? The target says so, and asks again."""
+
+    def pages(request: rpc.ExportMessages) -> rpc.ExportedMessages:
+        return msgspec.structs.replace(bodies(request.session, 1, 1), others=[bodies(SESSION, 1, 1)])
+
+    async with moves_rig() as ring, scripted_source(ring, ScriptedSource([state(SESSION, 1)], pages)):
+        move = await ring.begin([SLOT], 0, 1)
+
+        def refused() -> bool:
+            told = ring.progress(move)
+            return told is not None and "more sessions than it was asked for" in told.message
+
+        await eventually(refused, "the target refuses the answer")

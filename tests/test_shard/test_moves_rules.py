@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,16 +12,19 @@ import pytest
 
 from fleetlm_common import rpc
 from fleetlm_common.errors import Moved, TryAgain
+from fleetlm_common.ids import SessionId
 from fleetlm_common.logs import NullLogger
 from fleetlm_common.rpc import Kind
+from fleetlm_common.slots import slot_of
 from fleetlm_shard import held
 from fleetlm_shard.boot import Boot, BootInputs
+from fleetlm_shard.moving import RELEASE_SESSIONS, Moves
 from fleetlm_shard.volume import Volume
 from fleetlm_shard.volume_types import map_names, term_path
 from tests.support.eventually import eventually
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.support.movesrig import MovesRig, moves_rig, session_in
-from tests.support.shardrig import RigClock
+from tests.support.shardrig import SLOTS, RigClock
 from tests.support.simdisk import NOTHING_KEPT, Loss
 from tests.test_shard.test_moves import fill
 
@@ -372,6 +376,29 @@ async def test_a_clean_up_is_void_when_the_slots_come_back() -> None:
         moves.clean()
         assert [each["content"] for each in await client.read_all(SESSION)] == written
         assert moves.released_slots == 0
+
+
+async def test_a_clean_up_of_many_sessions_is_done_in_pieces() -> None:
+    """Dropping them from memory must not hold up appends to other slots: the next call takes what this one left."""
+    slots = [SLOT, SLOT + 1, SLOT + 2]
+    async with moves_rig(clean_after_s=60.0) as ring, await ring[0].client() as client:
+        await ring.move(slots, 0, 1)
+        sessions = ring[0].shard.memory.sessions
+        for number in range(SLOTS * RELEASE_SESSIONS * 9 // 20):
+            if slot_of(SessionId(name := f"cold-{number}"), SLOTS) in slots:
+                sessions.get(name)
+        moves = ring[0].shard.moves
+        ring.clock.advance(61.0)
+        for released in (2, 3, 3):
+            moves.clean()
+            await turns(client)
+            await eventually(partial(_has_released, moves, released), f"{released} slots are released")
+        assert not sessions.hot_of(slots)
+        assert (await client.append(session_in(SLOT + 3), "others go on"))[0].seq == 1
+
+
+def _has_released(moves: Moves, slots: int) -> bool:
+    return moves.released_slots == slots
 
 
 async def test_a_clean_up_on_its_way_spares_what_comes_after_it() -> None:

@@ -59,7 +59,7 @@ PAGE_MESSAGES: Final = 500
 """The same, counted."""
 PULLS_MAX: Final = 4
 """Requests for messages under way at once."""
-TOGETHER_MAX: Final = 32
+TOGETHER_MAX: Final = 8
 """Sessions whose messages are asked for with one request: small ones cost a fraction of a request each."""
 ROUND_S: Final = 0.1
 """Between two rounds, while the map says Copying: a seal then finds little that is missing."""

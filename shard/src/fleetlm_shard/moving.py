@@ -11,7 +11,7 @@ what a source or a target does (`exporter.py`, `importer.py`), who may write (`o
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fleetlm_shard.importer import Import
 from fleetlm_shard.log_types import LogStopped
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from fleetlm_shard.server import Credentials
     from fleetlm_shard.sessions import Sessions
     from fleetlm_shard.writes import Writes
+
+RELEASE_SESSIONS: Final = 2000
+"""In memory, of slots released at once: some five milliseconds."""
 
 
 class Moves:
@@ -178,13 +181,21 @@ class Moves:
     def clean(self) -> None:
         """Release what has been idle for the grace time; what an import writes later stands behind that record.
 
+        Slots with many sessions in memory are left to the next calls, but for the first: these leave in one go.
+
         Raises:
             LogStopped: the process is ending.
         """
         if self._ownership.standing == "VolumeLost":
             return
         until_s = self._clock.monotonic_s() - self._clean_after_s
-        due = sorted(slot for slot, since_s in self._idle_since_s.items() if since_s <= until_s)
+        due: list[Slot] = []
+        sessions = 0
+        for slot in sorted(slot for slot, since_s in self._idle_since_s.items() if since_s <= until_s):
+            sessions += len(self._sessions.hot_of((slot,)))
+            if due and sessions > RELEASE_SESSIONS:
+                break
+            due.append(slot)
         if not due:
             return
         record = SlotsReleased([int(slot) for slot in due])
