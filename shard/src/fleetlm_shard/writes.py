@@ -93,6 +93,7 @@ class Writes:
         """Position of the record that was queued last."""
         self.durable_pos = -1
         """Position of the record that became visible last."""
+        self._stopped = False
 
     @property
     def settled(self) -> bool:
@@ -153,12 +154,16 @@ class Writes:
         return self.queued_pos
 
     def wait(self, who: Waiting, since_s: float) -> None:
-        """Tell `who`, who waits since then, when all that is queued now is visible.
+        """Tell `who`, who waits since then, when all that is queued now is visible, or that it never will be.
 
         Something must be on its way (see `settled`).
         """
         assert self.durable_pos < self.queued_pos
-        self._waiting.append((self.queued_pos, since_s, who))
+        if self._stopped:
+            # Whoever waited was told; nobody would tell those who come afterwards.
+            who.stopped()
+        else:
+            self._waiting.append((self.queued_pos, since_s, who))
 
     async def all_settled(self) -> None:
         """Return when all that is queued now is visible. Cancel-safe.
@@ -200,5 +205,6 @@ class Writes:
 
     def on_stopped(self) -> None:
         """The log's call: nothing more will become durable."""
+        self._stopped = True
         while self._waiting:
             self._waiting.popleft()[2].stopped()
