@@ -18,17 +18,23 @@ POLL_S = 0.05
 
 
 async def archived(running: Fleet, *, until: int) -> list[int]:
-    """Wait until the archive of `running` holds `until` messages of the session; returns their seqs."""
+    """Wait until the archive of `running` knows every shard, and `until` messages of the session; returns their seqs.
+
+    A shard without a message of it makes its connection in its own time: PostgreSQL starts together with the shards.
+    """
     dsn = (running.data / "archive-url").read_text().strip()
+    shards = sum(name.startswith("shard-") for name in running.names)
     seqs: list[int] = []
+    known = 0
     async with asyncio.timeout(WAIT_S):
-        while len(seqs) < until:
+        while len(seqs) < until or known < shards:
             try:
                 connection = await asyncpg.connect(dsn)
                 try:
                     rows = await connection.fetch(
                         "SELECT seq FROM fleetlm.messages WHERE session = 'demo' ORDER BY seq"
                     )
+                    known = await connection.fetchval("SELECT count(*) FROM fleetlm.positions")
                 finally:
                     await connection.close()
                 seqs = [row["seq"] for row in rows]
