@@ -265,8 +265,9 @@ class _Open:
             self._sent = number + 1
 
     def stop(self) -> None:
-        """Count what was due in the measured time, and what of it was never sent."""
+        """Send what became due since the last tick; count what was due in the measured time, and what was never sent."""
         meter, pace = self._meter, self.pace
+        self.send_due()
         due, begin_s = pace.due(), meter.begin_s
         pace.stop()
         meter.outcome.offered = sum(1 for number in range(due) if begin_s <= pace.due_at_s(number) < meter.end_s)
