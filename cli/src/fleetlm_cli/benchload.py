@@ -265,7 +265,7 @@ class _Open:
             self._sent = number + 1
 
     def stop(self) -> None:
-        """Send what became due since the last tick; count what was due in the measured time, and what was never sent."""
+        """Send what became due since the last tick; count what was due in the measured time, and what stayed unsent."""
         meter, pace = self._meter, self.pace
         self.send_due()
         due, begin_s = pace.due(), meter.begin_s
