@@ -164,7 +164,7 @@ class Exporter:
         self._sleep = sleep
         self._spawn = spawn
         self._serving = asyncio.Lock()
-        self._appended_records = 0
+        self._queued_pos = -1
         self._writing_until_s = 0.0
         self.trackers: dict[str, Tracker] = {}
         self.exported_messages = 0
@@ -357,9 +357,9 @@ class Exporter:
         return ExportedAll(len(tracker.told), sum(tracker.told.values()))
 
     async def _pause(self, began_s: float) -> None:
-        now_s, records = self._monotonic(), self._log.stats.appended_records
-        if records != self._appended_records:
-            self._appended_records, self._writing_until_s = records, now_s + WRITING_S
+        now_s, queued_pos = self._monotonic(), self._writes.queued_pos
+        if queued_pos != self._queued_pos:
+            self._queued_pos, self._writing_until_s = queued_pos, now_s + WRITING_S
         least_s = PACE_S_MIN if now_s < self._writing_until_s else 0.0
         await self._sleep(min(max(PACE * (now_s - began_s), least_s), PACE_S_MAX))
 

@@ -313,35 +313,25 @@ class Import:
 
     async def _sessions(self, peer: Peer, states: list[SessionState]) -> None:
         """Bring some sessions to their state: with one request if they are small, page by page if not."""
-        wanted: deque[tuple[SessionState, int]] = deque()
+        wanted: deque[SessionState] = deque()
         for state in states:
-            after = self._last_seq_here(state)
-            if after < state.last_seq:
-                wanted.append((state, after))
+            if self._last_seq_here(state) < state.last_seq:
+                wanted.append(state)
             else:
                 await self._take_state(state)
         while wanted:
-            (state, after), *others = wanted
+            (session, after), *others = [(state.session, self._last_seq_here(state)) for state in wanted]
             request = ExportMessages(
-                self.move.id,
-                self._parts.epoch(),
-                state.session,
-                after,
-                PAGE_MESSAGES,
-                PAGE_BYTES,
-                [(each.session, own_after) for each, own_after in others],
+                self.move.id, self._parts.epoch(), session, after, PAGE_MESSAGES, PAGE_BYTES, others
             )
             page = await peer.ask(Kind.EXPORT_MESSAGES, request, Kind.EXPORTED_MESSAGES, ExportedMessages)
             for each in (page, *page.others):
                 if not wanted:
                     raise PeerLost("the source answers more sessions than it was asked for")
-                state, after = wanted.popleft()
-                after, ended = await self._take_page(state, after, each)
-                if not ended:
-                    wanted.appendleft((state, after))
+                if not await self._take_page(wanted[0], each):
                     await self._parts.writes.all_settled()
                     break
-                await self._take_state(state)
+                await self._take_state(wanted.popleft())
 
     def _last_seq_here(self, state: SessionState) -> int:
         if self._parts.slot_of(SessionId(state.session)) not in self._slots:
@@ -353,15 +343,16 @@ class Import:
             )
         return after
 
-    async def _take_page(self, state: SessionState, after: int, page: ExportedMessages) -> tuple[int, bool]:
-        """Take in what it has up to the state; the last seq here, and whether the session needs no other page."""
+    async def _take_page(self, state: SessionState, page: ExportedMessages) -> bool:
+        """Take in what it has up to the state; whether the session needs no other page."""
+        after = self._last_seq_here(state)
         for body, windowed in zip(page.bodies, page.windowed, strict=True):
             record = self._checked(body, state, after, windowed=windowed)
             if record.seq > state.last_seq:
-                return after, True
+                return True
             await self._append(record)
             after = record.seq
-        return after, after >= state.last_seq or not page.more
+        return after >= state.last_seq or not page.more
 
     def _checked(self, body: bytes, state: SessionState, after: int, *, windowed: bool) -> Imported:
         try:
