@@ -224,6 +224,12 @@ PLANTS: Final = (
         "            if message.seq != received + 1 or full:\n",
     ),
     Plant(
+        "a page that goes on is taken for the whole",
+        "fleetlm_shard/importer.py",
+        "        return after >= state.last_seq or not page.more\n",
+        "        return True\n",
+    ),
+    Plant(
         "a compaction takes what came back, too",
         "fleetlm_shard/compaction.py",
         "(kind in OF_A_SLOT and pos < released.get(slot, 0))\n",

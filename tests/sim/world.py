@@ -23,6 +23,7 @@ from fleetlm_common.control import RingSpec
 from fleetlm_common.errors import FleetError
 from tests.sim.client import SimClient
 from tests.sim.control import STEPS, Truth, Weather
+from tests.sim.crowd import CROWDED, Crowd
 from tests.sim.loop import SimLoop, SimProcess, Stuck
 from tests.sim.nemesis import Nemesis
 from tests.sim.network import Network
@@ -83,6 +84,7 @@ class World:
             runs without moves are the same whatever is changed about moves.
         moment: in such a run: when people ask for one move more.
         rest: in some of them: the spell before the last read.
+        crowd: in some of them: more sessions than slots.
     """
 
     def __init__(self, seed: int) -> None:
@@ -97,11 +99,16 @@ class World:
         rng, moves_rng = self.rng, random.Random(f"moves of {seed}")
         self.tight = rng.random() < 0.3
         shards = rng.choice((1, 2, 2, 3))
-        self.control = Truth(RingSpec(uid="ring-sim", slots=SLOTS, shards=shards), self.loop, self.trace)
+        moving = moves_rng.random() < MOVING
+        crowd_rng = random.Random(f"crowd of {seed}")
+        self.crowd = Crowd(crowd_rng) if moving and crowd_rng.random() < CROWDED else None
+        slots = SLOTS if self.crowd is None else self.crowd.slots
+        self.control = Truth(RingSpec(uid="ring-sim", slots=slots, shards=shards), self.loop, self.trace)
         self.weather = Weather(random.Random(rng.getrandbits(64)))
-        self.sessions = [f"session-{number}" for number in range(rng.choice((1, 2, 3)))]
+        sessions = rng.choice((1, 2, 3)) if self.crowd is None else self.crowd.sessions
+        self.sessions = [f"session-{number}" for number in range(sessions)]
         burials_rng = random.Random(f"burials of {seed}")
-        self.people = People(self, moves_rng, burials_rng) if moves_rng.random() < MOVING else None
+        self.people = People(self, moves_rng, burials_rng) if moving else None
         self.shard_settings = _moving_settings(moves_rng) if self.people is not None else {}
         self.moment_rng = random.Random(f"moment of {seed}")
         self.moment = self.moment_rng.choice(MOMENTS) if self.people is not None else None
@@ -298,7 +305,8 @@ def _run(seed: int) -> Outcome:
     asyncio.set_event_loop(None)
     try:
         try:
-            loop.run_until_complete(loop.create_task(world.live()))
+            with contextlib.nullcontext() if world.crowd is None else world.crowd.small_pages():
+                loop.run_until_complete(loop.create_task(world.live()))
         except Stuck as error:
             world.trace.add("world", "stuck", str(error))
             if not world.history.found:

@@ -78,8 +78,8 @@ class Tracker:
         """The pass of `reader` has named every session."""
         self.told: dict[str, int] = {}
         """Session → its last seq, of all that were named by a pass or changed: complete when a pass is."""
-        self.dirty: set[str] = set()
-        """Changed since the last round was answered."""
+        self.dirty: dict[str, None] = {}
+        """Changed since the last round was answered, in that order."""
         self.pending: set[str] = set()
         """In the answer to the last round, which may not have arrived."""
         self.changed: list[str] = []
@@ -90,7 +90,7 @@ class Tracker:
 
     def note(self, session: Session) -> None:
         """A session of the slots changed, durably."""
-        self.dirty.add(session.id)
+        self.dirty[session.id] = None
         self.told[session.id] = session.seq_durable
 
     def begin(self, reader: str, changed: list[str]) -> None:
@@ -111,9 +111,10 @@ class Tracker:
             self.round = number
         elif number != self.round or number == 0:
             raise Invalid(f"round {number} does not follow {self.round}", field="round", reason="unknown_round")
-        taken = list(islice(self.dirty - self.pending, max(STATES_MAX - len(self.pending), 0)))
-        self.dirty.difference_update(taken, self.pending)
-        self.pending.update(taken)
+        fresh = (name for name in self.dirty if name not in self.pending)
+        self.pending.update(list(islice(fresh, max(STATES_MAX - len(self.pending), 0))))
+        for name in self.pending:
+            self.dirty.pop(name, None)
         return sorted(self.pending)
 
 
@@ -300,9 +301,10 @@ class Exporter:
             names = tracker.next_round(request.round)
             states, cut = _that_fit(await self._states(names))
             if cut:
-                left = set(names) - {state.session for state in states}
-                tracker.pending -= left
-                tracker.dirty |= left
+                said = {state.session for state in states}
+                left = [name for name in names if name not in said]
+                tracker.pending.difference_update(left)
+                tracker.dirty.update(dict.fromkeys(left))
             await self._shown()
         return Exported(states, cut or len(names) >= STATES_MAX, "")
 
