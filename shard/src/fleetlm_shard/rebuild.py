@@ -49,7 +49,7 @@ class LogTime:
     Wall clocks are set, on the machine that wrote and on the one that reads. Were a key as old as they say, a step
     would forget keys whose retries are still on their way, and each retry would be a second message. So steps back
     count as nothing, long ones as `STEP_COUNTED_S`, and what passed since the last record as nothing: a key may be
-    known for longer than the window, never for much less.
+    known for longer than the window, never for much less, and never too short for a retry (`KeyWindow.restored`).
     """
 
     def __init__(self) -> None:
