@@ -293,6 +293,8 @@ async def test_a_database_that_dies_and_returns_has_everything_once(tmp_path: Pa
             feed.durable(10 * share)
             await it.until(lambda report, pos=10 * share: report.pos >= pos - 200)  # type: ignore[misc]
             await own.crash()
+            # Who has nothing to write does not notice.
+            feed.durable(10 * share + 500)
             await it.until(lambda report: report.state == "Away")
             await own.start()
         feed.durable(it.end)
