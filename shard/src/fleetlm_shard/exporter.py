@@ -97,7 +97,6 @@ class Tracker:
         """A pass begins; what changes from now on is in a round after it."""
         self.reader, self.round, self.complete = reader, 0, False
         self.changed = changed
-        self.pending.clear()
 
     def check(self, reader: str) -> None:
         """Refuse a reader that we know nothing of."""
@@ -112,7 +111,7 @@ class Tracker:
         elif number != self.round or number == 0:
             raise Invalid(f"round {number} does not follow {self.round}", field="round", reason="unknown_round")
         fresh = (name for name in self.dirty if name not in self.pending)
-        self.pending.update(list(islice(fresh, max(STATES_MAX - len(self.pending), 0))))
+        self.pending.update(list(islice(fresh, STATES_MAX - len(self.pending))))
         for name in self.pending:
             self.dirty.pop(name, None)
         return sorted(self.pending)

@@ -1,0 +1,164 @@
+"""What a source answers a target, and what it refuses: a pass, the rounds after it, the end (docs/moves.md)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fleetlm_common import rpc
+from fleetlm_common.errors import Invalid, TryAgain
+from fleetlm_common.ring import Move
+from fleetlm_common.rpc import Kind
+from fleetlm_shard import exporter
+from tests.support.movesrig import MovesRig, moves_rig, session_in
+from tests.support.rpcclient import RpcClient
+from tests.test_shard.test_moves import fill
+from tests.test_shard.test_moves_rules import turns
+
+SLOT = 3
+SESSIONS = sorted(session_in(SLOT, number=number) for number in range(5))
+
+
+class Target:
+    """Asks as one does.
+
+    Args:
+        client: to the source.
+        ring: whose map it knows.
+        move: that it is part of.
+    """
+
+    def __init__(self, client: RpcClient, ring: MovesRig, move: Move) -> None:
+        self._client = client
+        self._ring = ring
+        self._move = move
+
+    async def states(self, reader: str = "r", *, after: str = "", limit: int = 100) -> rpc.Exported:
+        """A page of the pass."""
+        request = rpc.Export(self._move.id, self._ring.map.epoch, reader, after, limit)
+        return await self._client.ask(Kind.EXPORT, request, rpc.Exported)
+
+    async def round(self, number: int, reader: str = "r") -> tuple[list[str], bool]:
+        """Names of what changed, and whether more did."""
+        request = rpc.ExportChanged(self._move.id, self._ring.map.epoch, reader, number)
+        found = await self._client.ask(Kind.EXPORT_CHANGED, request, rpc.Exported)
+        return [state.session for state in found.sessions], found.more
+
+    async def sealed(self, reader: str = "r") -> rpc.ExportedAll:
+        """How much there is."""
+        request = rpc.ExportSealed(self._move.id, self._ring.map.epoch, reader)
+        return await self._client.ask(Kind.EXPORT_SEALED, request, rpc.ExportedAll)
+
+
+async def refused(answer: object, field: str) -> None:
+    """As one that asks for what this source does not know any more: it begins anew."""
+    assert asyncio.iscoroutine(answer)
+    with pytest.raises(Invalid) as error:
+        await answer
+    assert (error.value.field, error.value.reason) == (field, "unknown_round")
+
+
+async def test_rounds_follow_a_pass() -> None:
+    """Each tells what changed since the one before was answered; one that may not have arrived is answered again."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        for session in SESSIONS[:2]:
+            await fill(client, session, 1)
+        await ring.kill(1)
+        target = Target(client, ring, await ring.begin([SLOT], 0, 1))
+        await refused(target.round(1), "reader")
+        first = await target.states(limit=1)
+        assert first.more
+        await refused(target.round(1), "round")
+        second = await target.states(after=first.after)
+        assert [state.session for state in (*first.sessions, *second.sessions)] == SESSIONS[:2]
+        assert not second.more
+        await refused(target.round(0), "round")
+        await refused(target.round(2), "round")
+        assert await target.round(1) == ([], False)
+        await client.append(SESSIONS[0], "changed")
+        assert await target.round(1) == (SESSIONS[:1], False)
+        await client.append(SESSIONS[1], "changed")
+        assert await target.round(1) == (SESSIONS[:2], False)
+        assert await target.round(2) == ([], False)
+        await refused(target.round(1), "round")
+
+
+async def test_a_full_round_is_answered_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer than one; what else changed comes with those after it."""
+    monkeypatch.setattr(exporter, "STATES_MAX", 2)
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await ring.kill(1)
+        target = Target(client, ring, await ring.begin([SLOT], 0, 1))
+        await target.states()
+        for session in SESSIONS:
+            await fill(client, session, 1)
+        assert await target.round(1) == (SESSIONS[:2], True)
+        assert await target.round(1) == (SESSIONS[:2], True)
+        assert await target.round(2) == (SESSIONS[2:4], True)
+        assert await target.round(3) == (SESSIONS[4:], False)
+
+
+async def test_a_reader_takes_nothing_away_from_a_younger_one() -> None:
+    """The elder of two containers of the target still asks: it is refused, and the younger misses no change."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        for session in SESSIONS[:2]:
+            await fill(client, session, 1)
+        await ring.kill(1)
+        move = await ring.begin([SLOT], 0, 1)
+        target = Target(client, ring, move)
+        page = await target.states("elder", limit=1)
+        await target.states("younger")
+        await client.append(SESSIONS[0], "changed")
+        await refused(target.states("elder", after=page.after), "reader")
+        await refused(target.round(1, "elder"), "reader")
+        assert await target.round(1, "younger") == (SESSIONS[:1], False)
+        await ring.seal(move)
+        await refused(target.sealed("elder"), "reader")
+        assert await target.sealed("younger") == rpc.ExportedAll(2, 3)
+
+
+async def test_how_much_there_is_is_said_after_the_whole_pass_only() -> None:
+    """Before it nobody was told of every session."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        for session in SESSIONS:
+            await fill(client, session, 1)
+        await ring.kill(1)
+        move = await ring.begin([SLOT], 0, 1)
+        target = Target(client, ring, move)
+        await target.states(limit=1)
+        await ring.seal(move)
+        await refused(target.sealed(), "reader")
+        await target.states()
+        assert await target.sealed() == rpc.ExportedAll(5, 5)
+
+
+async def test_who_waits_for_the_seal_is_told_that_the_move_is_over() -> None:
+    """Not that it is sealed."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await ring.kill(1)
+        move = await ring.begin([SLOT], 0, 1)
+        target = Target(client, ring, move)
+        await target.states()
+        waiting = asyncio.ensure_future(target.sealed())
+        await turns(client)
+        assert not waiting.done()
+        await ring.abort(move)
+        with pytest.raises(TryAgain) as over:
+            await waiting
+        assert over.value.reason == "moving"
+        assert not ring[0].shard.memory.sessions.watched, "changes are noted for nobody"
+
+
+async def test_a_seal_is_written_once() -> None:
+    """However many maps show it."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await fill(client, SESSIONS[0], 1)
+        move = await ring.begin([SLOT], 0, 1)
+        await ring.says(move, "Ready")
+        await ring.seal(move)
+        await ring.says(move, "Confirmed")
+        for _ in range(2):
+            await ring.swap(moves=ring.map.moves)
+        await turns(client)
+        assert ring[0].shard.moves.exporter.seals == 1
