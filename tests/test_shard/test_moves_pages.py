@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fleetlm_common.limits import PAGE_BYTES_MAX
 from fleetlm_shard import exporter, importer
 from tests.support.movesrig import moves_rig, session_in
 
@@ -15,8 +16,12 @@ ELSEWHERE = [session_in(5, number=number) for number in range(8)]
 
 @pytest.mark.parametrize("states", [1, 2, 3, 500])
 @pytest.mark.parametrize("names", [1, 2, 3, 512])
-async def test_a_pass_names_every_session(names: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page_bytes", [500, PAGE_BYTES_MAX])
+async def test_a_pass_names_every_session(
+    page_bytes: int, names: int, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some are in the checkpoint only, as after a boot, some in memory only: no page of the one hides the other."""
+    monkeypatch.setattr(exporter, "PAGE_BYTES_MAX", page_bytes)
     monkeypatch.setattr(exporter, "SCAN_NAMES", names)
     monkeypatch.setattr(exporter, "SCAN_PAGE_NAMES", names)
     monkeypatch.setattr(importer, "STATES", states)
@@ -36,9 +41,12 @@ async def test_a_pass_names_every_session(names: int, states: int, monkeypatch: 
                 assert len(await client.read_all(session)) == 1
 
 
-async def test_what_changed_comes_in_as_many_rounds_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("STATES_MAX", 2), ("PAGE_BYTES_MAX", 500)])
+async def test_what_changed_comes_in_as_many_rounds_as_it_takes(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full answer is not the last one: else count and sum would differ, and all would be asked for once more."""
-    monkeypatch.setattr(exporter, "STATES_MAX", 2)
+    monkeypatch.setattr(exporter, limit, value)
     async with moves_rig() as ring, await ring[0].client() as client:
         move = await ring.begin([SLOT], 0, 1)
         await ring.says(move, "Ready")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 
+import msgspec
 import pytest
 
 from fleetlm_common import rpc
@@ -51,12 +53,11 @@ class Target:
         return await self._client.ask(Kind.EXPORT_SEALED, request, rpc.ExportedAll)
 
 
-async def refused(answer: object, field: str) -> None:
+async def refused(answer: Coroutine[None, None, object], field: str, *, reason: str = "unknown_round") -> None:
     """As one that asks for what this source does not know any more: it begins anew."""
-    assert asyncio.iscoroutine(answer)
     with pytest.raises(Invalid) as error:
         await answer
-    assert (error.value.field, error.value.reason) == (field, "unknown_round")
+    assert (error.value.field, error.value.reason) == (field, reason)
 
 
 async def test_rounds_follow_a_pass() -> None:
@@ -82,6 +83,42 @@ async def test_rounds_follow_a_pass() -> None:
         assert await target.round(1) == (SESSIONS[:2], False)
         assert await target.round(2) == ([], False)
         await refused(target.round(1), "round")
+
+
+async def test_a_page_of_a_pass_is_never_empty_nor_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a target asks for."""
+    monkeypatch.setattr(exporter, "STATES_MAX", 2)
+    async with moves_rig() as ring, await ring[0].client() as client:
+        for session in SESSIONS:
+            await fill(client, session, 1)
+        await ring.kill(1)
+        target = Target(client, ring, await ring.begin([SLOT], 0, 1))
+        for limit, count in ((-1, 1), (0, 1), (1, 1), (2, 2), (1000, 2)):
+            page = await target.states(limit=limit)
+            assert ([state.session for state in page.sessions], page.more) == (SESSIONS[:count], True)
+
+
+async def test_a_move_that_the_map_does_not_show_is_refused() -> None:
+    """It is over, or another shard's."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        move = await ring.begin([SLOT], 0, 1)
+        target = Target(client, ring, msgspec.structs.replace(move, id="1.7"))
+        await refused(target.states(), "move", reason="unknown_move")
+        await ring.abort(move)
+        await refused(Target(client, ring, move).states(), "move", reason="unknown_move")
+
+
+async def test_a_session_that_somebody_asked_for_and_that_is_not_there_does_not_count() -> None:
+    """It is in the source's memory only."""
+    async with moves_rig() as ring, await ring[0].client() as client:
+        await fill(client, SESSIONS[0], 1)
+        assert await client.read_all(SESSIONS[1]) == []
+        await ring.kill(1)
+        move = await ring.begin([SLOT], 0, 1)
+        target = Target(client, ring, move)
+        await target.states()
+        await ring.seal(move)
+        assert await target.sealed() == rpc.ExportedAll(1, 1)
 
 
 async def test_a_full_round_is_answered_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

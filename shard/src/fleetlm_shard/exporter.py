@@ -237,7 +237,6 @@ class Exporter:
             states, cut = _that_fit(await self._states(names))
             if cut:
                 after, more = states[-1].session, True
-            tracker.check(request.reader)
             for state in states:
                 tracker.told[state.session] = max(state.last_seq, tracker.told.get(state.session, 0))
             tracker.complete = not more
