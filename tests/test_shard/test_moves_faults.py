@@ -212,7 +212,7 @@ async def test_damage_stays_said() -> None:
                 assert (first.first_seq, len(first.messages), first.has_more) == (1, 4, True)
                 rest = await there.read(SESSION, after=4)
                 assert rest.gap is not None
-                assert (rest.gap.from_seq, rest.gap.next_seq) == (5, 6)
+                assert (rest.gap.reason, rest.gap.from_seq, rest.gap.next_seq) == ("damaged", 5, 6)
                 assert (rest.first_seq, len(rest.messages), rest.last_seq) == (6, 5, 10)
             await ring.restart(1)
 

@@ -13,10 +13,13 @@ from fleetlm_common.errors import Invalid, TryAgain
 from fleetlm_common.ring import Move
 from fleetlm_common.rpc import Kind
 from fleetlm_shard import exporter
+from fleetlm_shard.keys import KEY_AGE_S_MIN
 from tests.support.movesrig import MovesRig, moves_rig, session_in
 from tests.support.rpcclient import RpcClient
 from tests.test_shard.test_moves import fill
+from tests.test_shard.test_moves_faults import bulk
 from tests.test_shard.test_moves_rules import turns
+from tests.test_shard.test_replay import trim
 
 SLOT = 3
 SESSIONS = sorted(session_in(SLOT, number=number) for number in range(5))
@@ -119,6 +122,24 @@ async def test_a_session_that_somebody_asked_for_and_that_is_not_there_does_not_
         await target.states()
         await ring.seal(move)
         assert await target.sealed() == rpc.ExportedAll(1, 1)
+
+
+async def test_a_state_says_where_its_session_begins() -> None:
+    """With its first message, with what retention left, or behind its last one when nothing is left."""
+    whole, trimmed, gone, empty = SESSIONS[:4]
+    async with moves_rig(retention_bytes=1, keys_window_s=KEY_AGE_S_MIN) as ring, await ring[0].client() as client:
+        await fill(client, gone, 3)
+        await bulk(client, trimmed, 200)
+        await trim(ring[0])
+        await fill(client, whole, 2)
+        await client.create(empty, b"{}")
+        earliest_seq = (await client.info(trimmed)).earliest_seq
+        assert 1 < earliest_seq <= 200
+        await ring.kill(1)
+        target = Target(client, ring, await ring.begin([SLOT], 0, 1))
+        page = await target.states()
+        told = {state.session: (state.earliest_seq, state.last_seq) for state in page.sessions}
+        assert told == {whole: (1, 2), trimmed: (earliest_seq, 200), gone: (4, 3), empty: (1, 0)}
 
 
 async def test_a_full_round_is_answered_again_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
