@@ -1,4 +1,4 @@
-"""More sessions than slots, in some of the runs in which slots move; in half of those pages of a move are small.
+"""More sessions than slots, in some of the runs in which slots move; mostly with small pages of a move.
 
 Promise: a move brings several sessions, with one request and with many, and is cut off between pages; writers of
 several sessions meet in what is sealed. Chance is its own: other runs stay the same. Must not be done here: faults.
