@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,19 @@ IDENT = "0190c1c2-0000-7000-8000-000000000000"
 
 def add(window: KeyWindow, key: str, *, at_s: float, pos: int = 0, seq: int = 1) -> None:
     window.add(Message(0, "s", seq, int(at_s * 1e6), key, HASH, b""), IDENT, pos, at_s)
+
+
+def restore(window: KeyWindow, key: str, *, at_s: float, pos: int = 0) -> None:
+    window.restore("s", key, KnownKey(1, 1, HASH, IDENT), pos=pos, at_s=at_s)
+
+
+def booted(window: KeyWindow, walls_us: Iterable[int], *, now_s: float) -> KeyWindow:
+    """It read messages of these times, `k0` at position 0 first, and that was over at `now_s`."""
+    log_time = LogTime()
+    for number, wall_us in enumerate(walls_us):
+        restore(window, f"k{number}", at_s=log_time.at(wall_us), pos=number)
+    window.restored(log_s=log_time.now_s, now_s=now_s)
+    return window
 
 
 def evict_all(window: KeyWindow, now_s: float) -> None:
@@ -93,12 +108,8 @@ def test_clocks_that_are_set_forget_no_key_at_boot() -> None:
     """Ages at boot are the log's own: a step of the wall clock counts a little, one back nothing."""
     log_time = LogTime()
     assert [log_time.at(int(at_s * 1e6)) for at_s in (5000, 5001.5, 8600, 3, 4)] == [0.0, 1.5, 11.5, 11.5, 12.5]
-    window = KeyWindow(window_s=30, soft_max=10, hard_max=10)
-    log_time = LogTime()
-    for number, at_s in enumerate((100, 101, 3700, 7300)):
-        name = f"k{number}"
-        window.restore("s", name, KnownKey(1, 1, HASH, IDENT), pos=number, at_s=log_time.at(int(at_s * 1e6)))
-    window.restored(log_s=log_time.now_s, now_s=50_000.0)
+    walls_us = [at_s * 1_000_000 for at_s in (100, 101, 3700, 7300)]
+    window = booted(KeyWindow(window_s=30, soft_max=10, hard_max=10), walls_us, now_s=50_000.0)
     evict_all(window, 50_000.0)
     assert window.get("s", "k0") is not None
     assert window.from_pos(9) == 0
@@ -108,12 +119,8 @@ def test_clocks_that_are_set_forget_no_key_at_boot() -> None:
 
 def test_what_was_read_at_boot_stays_until_it_is_old_by_our_own_time() -> None:
     """A clock that was set twice, a boot: a key that was new stays for as long as its request may be sent again."""
-    window = KeyWindow(window_s=KEY_AGE_S_MIN, soft_max=10, hard_max=10)
-    log_time = LogTime()
-    for number, at_s in enumerate((100, 3700, 7300, 7301)):
-        name = f"k{number}"
-        window.restore("s", name, KnownKey(1, 1, HASH, IDENT), pos=number, at_s=log_time.at(int(at_s * 1e6)))
-    window.restored(log_s=log_time.now_s, now_s=50.0)
+    walls_us = [at_s * 1_000_000 for at_s in (100, 3700, 7300, 7301)]
+    window = booted(KeyWindow(window_s=KEY_AGE_S_MIN, soft_max=10, hard_max=10), walls_us, now_s=50.0)
     evict_all(window, 50.0 + KEY_AGE_S_MIN)
     assert (len(window), window.from_pos(9)) == (4, 0)
     evict_all(window, 50.1 + KEY_AGE_S_MIN)
@@ -124,10 +131,10 @@ def test_a_boot_that_reads_too_many_keys_keeps_the_newest() -> None:
     """Those beyond the soft bound go when they look older than the window, those beyond the hard one at any rate."""
     window = KeyWindow(window_s=30, soft_max=3, hard_max=5)
     for number in range(8):
-        window.restore("s", str(number), KnownKey(1, 1, HASH, IDENT), pos=number, at_s=float(number))
+        restore(window, str(number), at_s=float(number))
     assert [window.knows("s", str(number)) for number in range(8)] == [False] * 3 + [True] * 5
     for number in range(8, 12):
-        window.restore("s", str(number), KnownKey(1, 1, HASH, IDENT), pos=number, at_s=number + 40.0)
+        restore(window, str(number), at_s=number + 40.0)
     assert len(window) == 4
 
 
@@ -136,7 +143,7 @@ def test_what_seems_to_be_of_one_moment_goes_in_small_pieces() -> None:
     count = (EVICTED_MARKS_MAX + 1) * MARK_KEYS_MAX
     window = KeyWindow(window_s=900, soft_max=count, hard_max=count)
     for number in range(count):
-        window.restore("s", str(number), KnownKey(1, 1, HASH, IDENT), pos=number, at_s=0.0)
+        restore(window, str(number), at_s=0.0)
     window.restored(log_s=0.0, now_s=0.0)
     assert window.from_pos(count) == 0
     assert window.evict(1000.0) == EVICTED_MARKS_MAX * MARK_KEYS_MAX
@@ -151,22 +158,22 @@ def test_no_young_key_is_forgotten_over_boots(records: list[tuple[float, float, 
     """However often the clock is set and the process boots: a key that was written 15 s ago or less is known."""
     now_s, wall_s = 0.0, 1e9
     log: list[tuple[float, int]] = []
-    window = KeyWindow(window_s=KEY_AGE_S_MIN, soft_max=60, hard_max=60)
-    window.restored(log_s=0.0, now_s=0.0)
+
+    def boot() -> KeyWindow:
+        """As after a crash: what the window was at the last checkpoint is read, here all of it."""
+        window = KeyWindow(window_s=KEY_AGE_S_MIN, soft_max=60, hard_max=60)
+        return booted(window, (wall_us for _, wall_us in log), now_s=now_s)
+
+    window = boot()
     for wait_s, step_s, boots in records:
         now_s, wall_s = now_s + wait_s, wall_s + wait_s + step_s
         if boots:
-            # As after a crash: what the window was at the last checkpoint is read, here all of it.
-            log_time = LogTime()
-            window = KeyWindow(window_s=KEY_AGE_S_MIN, soft_max=60, hard_max=60)
-            for number, (_, at_us) in enumerate(log):
-                window.restore("s", str(number), KnownKey(1, 1, HASH, IDENT), pos=number, at_s=log_time.at(at_us))
-            window.restored(log_s=log_time.now_s, now_s=now_s)
-        add(window, str(len(log)), at_s=now_s)
+            window = boot()
+        add(window, f"k{len(log)}", at_s=now_s)
         log.append((now_s, int(wall_s * 1e6)))
         evict_all(window, now_s)
         for number, (at_s, _) in enumerate(log):
-            assert now_s - at_s > KEY_AGE_S_MIN or window.knows("s", str(number))
+            assert now_s - at_s > KEY_AGE_S_MIN or window.knows("s", f"k{number}")
 
 
 def test_an_eviction_is_a_small_piece_of_work() -> None:

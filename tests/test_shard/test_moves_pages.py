@@ -7,6 +7,7 @@ import pytest
 from fleetlm_common.limits import PAGE_BYTES_MAX
 from fleetlm_shard import exporter, importer
 from tests.support.movesrig import moves_rig, session_in
+from tests.test_shard.test_moves_faults import whole
 
 SLOT = 3
 EARLY = [session_in(SLOT, number=number) for number in range(0, 12, 2)]
@@ -36,9 +37,8 @@ async def test_a_pass_names_every_session(
                 await client.append(session, "late")
         await ring.move([SLOT], 0, 1)
         assert ring[1].shard.moves.mismatches == 0
-        async with await ring[1].client() as client:
-            for session in [*EARLY, *LATE]:
-                assert len(await client.read_all(session)) == 1
+        for session in [*EARLY, *LATE]:
+            await whole(ring, 1, session, 1)
 
 
 @pytest.mark.parametrize(("limit", "value"), [("STATES_MAX", 2), ("PAGE_BYTES_MAX", 500)])
@@ -56,6 +56,5 @@ async def test_what_changed_comes_in_as_many_rounds_as_it_takes(
         await ring.says(move, "Confirmed")
         assert ring[1].shard.moves.mismatches == 0
         await ring.commit(move)
-        async with await ring[1].client() as there:
-            for session in [*EARLY, *LATE]:
-                assert len(await there.read_all(session)) == 1
+        for session in [*EARLY, *LATE]:
+            await whole(ring, 1, session, 1)

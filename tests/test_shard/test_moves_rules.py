@@ -24,12 +24,13 @@ from fleetlm_shard.volume_types import map_names, term_path
 from tests.support.eventually import eventually
 from tests.support.memorycontrol import MemoryControlPlane
 from tests.support.movesrig import MovesRig, moves_rig, session_in
+from tests.support.movetarget import Target
 from tests.support.shardrig import SLOTS, RigClock
 from tests.support.simdisk import NOTHING_KEPT, Loss
 from tests.test_shard.test_moves import fill
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from fleetlm_common.ring import Move, RingMap
     from tests.support.rpcclient import RpcClient
@@ -64,32 +65,29 @@ async def turns(client: RpcClient) -> None:
 # 1: nothing is copied, sealed or confirmed before sync and look ------------------------------------------------------
 
 
-async def ask(client: RpcClient, what: str, move: Move, epoch: int) -> msgspec.Struct:
-    """As a target asks."""
-    if what == "states":
-        return await client.ask(Kind.EXPORT, rpc.Export(move.id, epoch, "r", "", 100), rpc.Exported)
-    if what == "changes":
-        return await client.ask(Kind.EXPORT_CHANGED, rpc.ExportChanged(move.id, epoch, "r", 1), rpc.Exported)
-    if what == "messages":
-        request = rpc.ExportMessages(move.id, epoch, SESSION, 0, 100, 100_000)
-        return await client.ask(Kind.EXPORT_MESSAGES, request, rpc.ExportedMessages)
-    return await client.ask(Kind.EXPORT_SEALED, rpc.ExportSealed(move.id, epoch, "r"), rpc.ExportedAll)
+ASKS: dict[str, Callable[[Target], Coroutine[None, None, object]]] = {
+    "states": Target.states,
+    "changes": lambda target: target.round(1),
+    "messages": lambda target: target.messages(SESSION),
+    "sealed": Target.sealed,
+}
 
 
-@pytest.mark.parametrize("what", ["states", "changes", "messages", "sealed"])
+@pytest.mark.parametrize("what", ASKS)
 async def test_an_elder_source_tells_nothing(what: str) -> None:
     """Rule 1: what a superseded container holds may not be the truth; it answers no request of a move any more."""
     async with moves_rig() as ring, await ring[0].client() as client:
         await fill(client, SESSION, 3)
         await ring.kill(1)
         move = await ring.begin([SLOT], 0, 1)
-        await ask(client, "states", move, ring.map.epoch)
+        target = Target(client, ring, move)
+        await target.states()
         if what == "sealed":
             await ring.seal(move)
-        await ask(client, what, move, ring.map.epoch)
+        await ASKS[what](target)
         supersede(ring, 0)
         with pytest.raises((TryAgain, ConnectionError)):
-            await ask(client, what, move, ring.map.epoch)
+            await ASKS[what](target)
 
 
 async def test_what_is_not_durable_is_not_told() -> None:
@@ -101,18 +99,18 @@ async def test_what_is_not_durable_is_not_told() -> None:
         ring[0].writer.hold()
         pending = asyncio.ensure_future(client.append(SESSION, "on its way"))
         await turns(client)
-        states = asyncio.ensure_future(ask(client, "states", move, ring.map.epoch))
+        target = Target(client, ring, move)
+        states = asyncio.ensure_future(target.states())
         await turns(client)
         ring[0].writer.release()
         told = await states
-        assert isinstance(told, rpc.Exported)
         assert [state.last_seq for state in told.sessions] == [2]
         await pending
         ring[0].writer.hold()
         pending = asyncio.ensure_future(client.append(SESSION, "before the seal"))
         await turns(client)
         await ring.seal(move)
-        everything = asyncio.ensure_future(ask(client, "sealed", move, ring.map.epoch))
+        everything = asyncio.ensure_future(target.sealed())
         await turns(client)
         assert not everything.done()
         ring[0].writer.release()
@@ -125,7 +123,8 @@ async def test_sealed_waits_for_what_waits_for_a_segment() -> None:
     async with moves_rig() as ring, await ring[0].client() as client:
         await ring.kill(1)
         move = await ring.begin([SLOT], 0, 1)
-        await ask(client, "states", move, ring.map.epoch)
+        target = Target(client, ring, move)
+        await target.states()
         preparer, count = ring[0].preparer, 1
         preparer.hold()
         pending = asyncio.ensure_future(client.append(SESSION, "the first"))
@@ -136,7 +135,7 @@ async def test_sealed_waits_for_what_waits_for_a_segment() -> None:
             await turns(client)
         assert preparer.waiting == 1
         await ring.seal(move)
-        everything = asyncio.ensure_future(ask(client, "sealed", move, ring.map.epoch))
+        everything = asyncio.ensure_future(target.sealed())
         await turns(client)
         too_early = everything.done()
         preparer.release()

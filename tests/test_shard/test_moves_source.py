@@ -10,12 +10,10 @@ import pytest
 
 from fleetlm_common import rpc
 from fleetlm_common.errors import Invalid, TryAgain
-from fleetlm_common.ring import Move
-from fleetlm_common.rpc import Kind
 from fleetlm_shard import exporter
 from fleetlm_shard.keys import KEY_AGE_S_MIN
-from tests.support.movesrig import MovesRig, moves_rig, session_in
-from tests.support.rpcclient import RpcClient
+from tests.support.movesrig import moves_rig, session_in
+from tests.support.movetarget import Target
 from tests.test_shard.test_moves import fill
 from tests.test_shard.test_moves_faults import bulk
 from tests.test_shard.test_moves_rules import turns
@@ -23,37 +21,6 @@ from tests.test_shard.test_replay import trim
 
 SLOT = 3
 SESSIONS = sorted(session_in(SLOT, number=number) for number in range(5))
-
-
-class Target:
-    """Asks as one does.
-
-    Args:
-        client: to the source.
-        ring: whose map it knows.
-        move: that it is part of.
-    """
-
-    def __init__(self, client: RpcClient, ring: MovesRig, move: Move) -> None:
-        self._client = client
-        self._ring = ring
-        self._move = move
-
-    async def states(self, reader: str = "r", *, after: str = "", limit: int = 100) -> rpc.Exported:
-        """A page of the pass."""
-        request = rpc.Export(self._move.id, self._ring.map.epoch, reader, after, limit)
-        return await self._client.ask(Kind.EXPORT, request, rpc.Exported)
-
-    async def round(self, number: int, reader: str = "r") -> tuple[list[str], bool]:
-        """Names of what changed, and whether more did."""
-        request = rpc.ExportChanged(self._move.id, self._ring.map.epoch, reader, number)
-        found = await self._client.ask(Kind.EXPORT_CHANGED, request, rpc.Exported)
-        return [state.session for state in found.sessions], found.more
-
-    async def sealed(self, reader: str = "r") -> rpc.ExportedAll:
-        """How much there is."""
-        request = rpc.ExportSealed(self._move.id, self._ring.map.epoch, reader)
-        return await self._client.ask(Kind.EXPORT_SEALED, request, rpc.ExportedAll)
 
 
 async def refused(answer: Coroutine[None, None, object], field: str, *, reason: str = "unknown_round") -> None:

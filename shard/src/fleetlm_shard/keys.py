@@ -133,11 +133,7 @@ class KeyWindow:
         look old: they go only when there are too many, and by the soft bound only those older than the window.
         """
         if self._replace(session, key, known, pos, at_s):
-            known_keys = self._known
-            self._drop(
-                at_s,
-                lambda age_s: len(known_keys) > (self._soft_max if age_s > self.window_s else self._hard_max),
-            )
+            self._drop(at_s, lambda age_s: len(self) > (self._soft_max if age_s > self.window_s else self._hard_max))
 
     def _replace(self, session: str, key: str, known: KnownKey, pos: int, at_s: float) -> bool:
         name = (session, key)
@@ -161,10 +157,8 @@ class KeyWindow:
         """Drop what is too old, and what is too many and old enough; returns how many went."""
         if now_s <= self._old_enough_s:
             return 0
-        known = self._known
         return self._drop(
-            now_s,
-            lambda age_s: age_s > self.window_s or (age_s > KEY_AGE_S_MIN and len(known) > self._soft_max),
+            now_s, lambda age_s: age_s > self.window_s or (age_s > KEY_AGE_S_MIN and len(self) > self._soft_max)
         )
 
     def _drop(self, now_s: float, goes: Callable[[float], bool]) -> int:
