@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import random
@@ -232,6 +233,27 @@ async def test_a_cut_watch_goes_on_where_it_was(server: ApiServer, plane: Kubern
             assert (await until(views, epoch)).map == ring_map(epoch)
         assert proxy.cuts >= 5
         await stop(views)
+
+
+def test_a_watch_that_is_left_keeps_no_socket(server: ApiServer) -> None:
+    """Not even of a server that never says goodbye: the loop may end, and pytest tells of what the collector finds."""
+    pid = server.pid
+    assert pid is not None
+
+    async def watch_and_leave() -> None:
+        api = await server.api()
+        changes = api.watch(NAMESPACES, None, version="0")
+        assert (await anext(changes)).type == "ADDED"
+        os.kill(pid, signal.SIGSTOP)
+        assert isinstance(changes, AsyncGenerator)
+        await changes.aclose()
+        await api.close()
+
+    try:
+        asyncio.run(watch_and_leave())
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    gc.collect()
 
 
 async def test_a_forgotten_version_is_listed_anew(

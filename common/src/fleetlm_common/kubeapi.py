@@ -217,6 +217,10 @@ class KubeApi:
         except (TimeoutError, aiohttp.ClientError, msgspec.DecodeError) as error:
             raise ApiUnavailable(f"the watch of {resource.plural} broke: {error!r}") from error
         finally:
+            # A TLS connection that is closed says goodbye first, and nobody waits for that: a loop that ends soon
+            # leaves its socket to the collector. `close` aborts the others, too.
+            if response.connection is not None and response.connection.transport is not None:
+                response.connection.transport.abort()
             response.close()
 
     async def _ask(
